@@ -1,0 +1,36 @@
+// Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/transcode.cpp);
+// deltatc/ops.py adds the fake kernels, autograd and the checks that name the argument.
+//
+// Contract (T = the dtype of x: float64, float32 or bfloat16; all tensors on one device, any strides)
+//
+//   x                    [..., d_model] T       any leading shape, also empty
+//   W_enc, b_enc         [d_model, d_sae], [d_sae] T
+//   threshold            [d_sae] T              a negative threshold acts as 0
+//   W_dec, b_dec         [d_sae, d_model], [d_model] T
+//   delta_*              the same with d_new in place of d_sae; all five or none
+//   alpha                [] floating point      scales the delta's part, its b_dec included
+//   k_base, k_delta      1 <= k <= width        keep the k largest active latents (ties: lower index); None: all
+//   bandwidth            > 0                    width of the rectangle kernel of the threshold's gradient
+//
+//   pre = x @ W_enc + b_enc; acts = pre where pre > max(threshold, 0), else 0; part(x) = acts @ W_dec + b_dec
+//   recon = base(x) + alpha * delta(x)
+//
+//   recon                [..., d_model] T       alpha = 0: base(x) bit for bit; a non-finite row of x (or of its
+//                                               pre_acts) gives NaN in that row and changes no other row
+//   l0_*, l1_*           [...] float32          number and sum of acts a token, whatever alpha is; NaN in a NaN row
+//   gradients            Tensor[7]              of x, delta W_enc, b_enc, threshold, W_dec, b_dec and alpha; an empty
+//                                               tensor where `needed` is false
+#include <torch/csrc/stable/library.h>
+
+#define TRANSCODE_INPUTS                                                                          \
+  "Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "          \
+  "Tensor? delta_W_enc, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "      \
+  "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, float bandwidth"
+
+STABLE_TORCH_LIBRARY(deltatc, m) {
+  m.def("transcode(" TRANSCODE_INPUTS ") -> Tensor recon");
+  m.def("transcode_stats(" TRANSCODE_INPUTS
+        ") -> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
+  m.def("transcode_backward(Tensor grad, " TRANSCODE_INPUTS ", bool[] needed) -> Tensor[] gradients");
+  m.def("cpu_kernels() -> str");  // instruction sets compiled in, the one in use first
+}

@@ -1,0 +1,260 @@
+"""torch.ops.deltatc in Python: base + alpha * delta as one differentiable operator, and its plain-torch twins.
+
+The schemas and the contract are in csrc/ops.cpp, the definition in ops_ref.py. This module loads the built library,
+names what is wrong with an argument, and adds fake kernels and autograd. It holds no parameters and reads no weights.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltatc.errors import OpError
+from deltatc.ops_ref import (
+    TranscodeStats,
+    Weights,
+    decode_dense,
+    encode_dense,
+    threshold_slope,
+    transcode_ref,
+    transcode_stats_ref,
+)
+
+__all__ = [
+    "TranscodeStats",
+    "Weights",
+    "build_info",
+    "decode",
+    "encode",
+    "transcode",
+    "transcode_ref",
+    "transcode_stats",
+    "transcode_stats_ref",
+]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+BACKWARD_ELEMENTS = 1 << 21
+"""Backward takes so few tokens at a time that one of its token x latent matrices has at most this many elements."""
+
+
+def transcode(
+    x: Tensor,
+    base: Weights,
+    delta: Weights | None = None,
+    alpha: float | Tensor = 1.0,
+    k_base: int | None = None,
+    k_delta: int | None = None,
+    bandwidth: float = 1e-3,
+) -> Tensor:
+    """Return base(x) + alpha * delta(x) without ever holding tokens x d_sae; alpha = 0 is base(x) bit for bit.
+
+    x [..., d_model] float64, float32 or bfloat16, the weights alike; any strides, any leading shape, also empty.
+    acts = pre_acts where pre_acts > max(threshold, 0), of which the k largest (ties: lower index) if k is given, base
+    and delta apart. alpha is a number or a scalar tensor and scales the delta's b_dec too. A non-finite row of x, or
+    one with a non-finite pre_act, gives a NaN row and changes no other row.
+    Differentiable, once, in x, the delta's five tensors and alpha; the base is frozen. The threshold's gradient is the
+    straight-through one of arXiv 2407.14435 with a rectangle kernel of width `bandwidth`, in units of pre_acts.
+    Raises OpError, naming the argument.
+    """
+    return torch.ops.deltatc.transcode(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
+
+
+def transcode_stats(
+    x: Tensor,
+    base: Weights,
+    delta: Weights | None = None,
+    alpha: float | Tensor = 1.0,
+    k_base: int | None = None,
+    k_delta: int | None = None,
+    bandwidth: float = 1e-3,
+) -> TranscodeStats:
+    """Return transcode's recon with each token's l0 and l1; only recon is differentiable.
+
+    The delta's l0 and l1 do not depend on alpha (also at 0), are 0 without a delta, and NaN in a NaN row.
+    """
+    recon, *stats = torch.ops.deltatc.transcode_stats(
+        *_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth)
+    )
+    return TranscodeStats(recon, *(stat.detach() for stat in stats))
+
+
+def encode(x: Tensor, weights: Weights, k: int | None = None) -> Tensor:
+    """Return dense acts [..., d_sae] of x [..., d_model], in plain torch; no gradient reaches the threshold."""
+    _check_x(x)
+    _check_weights("weights", weights, x)
+    _check_k("k", k, weights.b_enc.shape[0])
+    return encode_dense(x, weights, k)[0]
+
+
+def decode(acts: Tensor, weights: Weights) -> Tensor:
+    """Return recon [..., d_model] of dense acts [..., d_sae], in plain torch."""
+    if not isinstance(acts, Tensor) or acts.dim() < 1 or acts.shape[-1] != weights.W_dec.shape[0]:
+        raise OpError(f"acts is {_described(acts)}; expected [..., d_sae = {weights.W_dec.shape[0]}]")
+    if acts.dtype != weights.W_dec.dtype or acts.device != weights.W_dec.device:
+        raise OpError(f"acts is {_described(acts)}; expected the weights' {weights.W_dec.dtype}, {weights.W_dec.device}")
+    return decode_dense(acts, weights)
+
+
+def build_info() -> dict[str, Any]:
+    """Say what was built: CUDA, its architectures and compiler, and the CPU instruction sets, the one in use first."""
+    return {"cuda": False, "archs": [], "nvcc": None, "cpu": torch.ops.deltatc.cpu_kernels().split()}
+
+
+def _arguments(
+    x: Tensor,
+    base: Weights,
+    delta: Weights | None,
+    alpha: float | Tensor,
+    k_base: int | None,
+    k_delta: int | None,
+    bandwidth: float,
+) -> tuple[Any, ...]:
+    """Check everything, and return the operator's arguments."""
+    _check_x(x)
+    if x.device.type != "cpu":
+        raise OpError(f"x is on {x.device}; expected the CPU, the only device that this build has a kernel for")
+    _check_weights("base", base, x)
+    _check_k("k_base", k_base, base.b_enc.shape[0])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in base):
+        raise OpError("base requires grad, but is frozen here; pass the trainable part as delta, or detach the base")
+    if delta is not None:
+        _check_weights("delta", delta, x)
+        _check_k("k_delta", k_delta, delta.b_enc.shape[0])
+    elif k_delta is not None:
+        raise OpError(f"k_delta = {k_delta!r} without a delta; expected None")
+    if isinstance(alpha, Tensor):
+        if alpha.dim() != 0 or not alpha.is_floating_point() or alpha.device != x.device:
+            raise OpError(f"alpha is {_described(alpha)}; expected a number or a floating-point scalar on {x.device}")
+    elif isinstance(alpha, (int, float)) and math.isfinite(alpha):
+        alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
+    else:
+        raise OpError(f"alpha = {alpha!r}; expected a finite number or a floating-point scalar tensor")
+    if not isinstance(bandwidth, (int, float)) or not 0 < bandwidth < math.inf:
+        raise OpError(f"bandwidth = {bandwidth!r}; expected a finite number above 0")
+    return (x, *base, *(delta or (None,) * 5), alpha, k_base, k_delta, bandwidth)
+
+
+def _check_x(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.dtype not in DTYPES:
+        raise OpError(f"x is {_described(x)}; expected a tensor [..., d_model] of float64, float32 or bfloat16")
+
+
+def _check_weights(name: str, weights: Weights, x: Tensor) -> None:
+    if not isinstance(weights, Weights) or not all(isinstance(tensor, Tensor) for tensor in weights):
+        raise OpError(f"{name} is {type(weights).__name__}; expected Weights of five tensors")
+    if weights.W_enc.dim() != 2:
+        raise OpError(f"{name}.W_enc is {_described(weights.W_enc)}; expected [d_model, d_sae]")
+    d_model, width = x.shape[-1], weights.W_enc.shape[1]
+    shapes = ((d_model, width), (width,), (width,), (width, d_model), (d_model,))
+    for field, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise OpError(
+                f"{name}.{field} is {_described(tensor)}; expected {x.dtype} {list(shape)} on {x.device} to fit x"
+            )
+
+
+def _check_k(name: str, k: int | None, width: int) -> None:
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= width):
+        raise OpError(f"{name} = {k!r}; expected None, or a whole number from 1 to the {width} latents there are")
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+
+
+def _load_library() -> None:
+    found = sorted(Path(__file__).parent.glob("_ops*.so"))
+    if not found:
+        raise ImportError("deltatc's operators are not built; run `make setup`")
+    torch.ops.load_library(found[0])
+
+
+_load_library()
+
+
+@torch.library.register_fake("deltatc::transcode")
+def _(x: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("deltatc::transcode_stats")
+def _(x: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(4))
+
+
+@torch.library.register_fake("deltatc::transcode_backward")
+def _(_grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    inputs, needed = (x, *rest[5:11]), rest[-1]
+    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needed, strict=True)]
+
+
+@torch.library.impl("deltatc::transcode_backward", "default")
+def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    """Gradients of x, the delta's five tensors and alpha, summed over chunks of tokens in float32 or float64."""
+    *weights, alpha, k_base, k_delta, bandwidth, needed = rest
+    inputs = (x, *weights[5:], alpha)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in zip(inputs, needed, strict=True)]
+    parts = []
+    if needed[0]:
+        only_x = [True] + [False] * 6
+        parts.append((Weights(*(t.to(wide) for t in weights[:5])), torch.ones((), dtype=wide), k_base, only_x))
+    if weights[5] is not None:
+        parts.append((Weights(*(t.to(wide) for t in weights[5:])), alpha.to(wide), k_delta, needed))
+
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    step = max(1, BACKWARD_ELEMENTS // max(1, x.shape[-1], *(part.W_enc.shape[1] for part, *_ in parts)))
+    for start in range(0, rows.shape[0], step):
+        chunk = slice(start, start + step)
+        for part, scale, k, wanted in parts:
+            found = _part_gradients(rows[chunk].to(wide), grads[chunk].to(wide), part, scale, k, bandwidth, wanted)
+            if found[0] is not None:
+                sums[0].view(rows.shape)[chunk] += found[0]
+            for total, gradient in zip(sums[1:], found[1:], strict=True):
+                if gradient is not None:
+                    total += gradient
+    return [x.new_empty(0) if total is None else total.to(t.dtype) for t, total in zip(inputs, sums, strict=True)]
+
+
+def _part_gradients(
+    x: Tensor, grad: Tensor, part: Weights, scale: Tensor, k: int | None, bandwidth: float, needed: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of scale * part(x) by x [tokens, d_model], part's five tensors and scale; None where not needed."""
+    acts, pre, counted = encode_dense(x, part, k)
+    to_acts = grad @ part.W_dec.T
+    to_pre = torch.where(acts != 0, scale * to_acts, 0.0)
+    formulas = (
+        lambda: to_pre @ part.W_enc.T,
+        lambda: x.T @ to_pre,
+        lambda: to_pre.sum(0),
+        lambda: scale * (to_acts * threshold_slope(pre, part.threshold.clamp(min=0), counted, bandwidth)).sum(0),
+        lambda: scale * (acts.T @ grad),
+        lambda: scale * grad.sum(0),
+        lambda: (acts * to_acts).sum() + grad.sum(0) @ part.b_dec,
+    )
+    return [formula() if need else None for formula, need in zip(formulas, needed, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:12])
+    ctx.options = inputs[12:]
+
+
+def _backward(ctx: Any, grad: Tensor, *_stats: Tensor) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[i] for i in (0, 6, 7, 8, 9, 10, 11)]
+    if any(ctx.needs_input_grad[1:6]):
+        raise OpError("base requires grad, but is frozen here; pass the trainable part as delta, or detach the base")
+    gradients = torch.ops.deltatc.transcode_backward(grad, *ctx.saved_tensors, *ctx.options, needed)
+    x, *delta_and_alpha = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    return (x, *(None,) * 5, *delta_and_alpha, *(None,) * 3)
+
+
+def _backward_twice(_ctx: Any, *_grads: Any) -> None:
+    raise OpError("transcode is differentiable once; expected no second derivative to be asked for")
+
+
+torch.library.register_autograd("deltatc::transcode", _backward, setup_context=_setup_context)
+torch.library.register_autograd("deltatc::transcode_stats", _backward, setup_context=_setup_context)
+torch.library.register_autograd("deltatc::transcode_backward", _backward_twice)
