@@ -1,4 +1,4 @@
-"""Builds csrc/ into deltatc/_ops*.so, a plain library of torch operators: no Python symbols, any Python version."""
+"""Builds csrc/ into deltatc/_ops.so: torch operators in a plain library, for any Python version."""
 
 import shutil
 from pathlib import Path
@@ -7,11 +7,15 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 if shutil.which("g++") is None:
-    raise SystemExit("deltatc: g++ is not on the PATH; install a C++17 compiler (Debian: apt-get install g++)")
+    raise SystemExit(
+        "deltatc: g++ is not on the PATH; install a C++17 compiler (Debian: apt-get install g++)"
+    )
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc"))
+HEADERS = sorted(
+    str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")
+)
 
 setup(
     name="deltatc",
@@ -25,8 +29,9 @@ setup(
             "deltatc._ops",
             SOURCES,
             depends=HEADERS,
-            # The oldest torch whose stable interface is used; one source builds and runs on 2.11 and later.
-            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"],
+            # Nothing newer than torch 2.11's stable interface is used: one source for 2.11 and later.
+            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000ULL")],
+            extra_compile_args=["-O3", "-std=c++17", "-ffp-contract=fast"],
             py_limited_api=True,
         )
     ],
