@@ -1,7 +1,8 @@
-"""torch.ops.deltatc in Python: base + alpha * delta as one differentiable operator, and its plain-torch twins.
+"""torch.ops.deltatc in Python: base + alpha * delta as one differentiable operator.
 
-The schemas and the contract are in csrc/ops.cpp, the definition in ops_ref.py. This module loads the built library,
-names what is wrong with an argument, and adds fake kernels and autograd. It holds no parameters and reads no weights.
+The schemas and the contract are in csrc/ops.cpp, the definition in plain torch in ops_ref.py. This module
+loads the built library, names what is wrong with an argument, and adds fake kernels and autograd. It holds no
+parameters.
 """
 
 import math
@@ -17,7 +18,7 @@ from deltatc.ops_ref import (
     Weights,
     decode_dense,
     encode_dense,
-    threshold_slope,
+    part_gradients,
     transcode_ref,
     transcode_stats_ref,
 )
@@ -34,9 +35,12 @@ __all__ = [
     "transcode_stats_ref",
 ]
 
+BASE_IS_FROZEN = (
+    "base requires grad, but is frozen here; pass the trainable part as delta, or detach the base"
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 BACKWARD_ELEMENTS = 1 << 21
-"""Backward takes so few tokens at a time that one of its token x latent matrices has at most this many elements."""
+"""Backward takes so few tokens at a time that each token x latent matrix has at most this many elements."""
 
 
 def transcode(
@@ -48,14 +52,14 @@ def transcode(
     k_delta: int | None = None,
     bandwidth: float = 1e-3,
 ) -> Tensor:
-    """Return base(x) + alpha * delta(x) without ever holding tokens x d_sae; alpha = 0 is base(x) bit for bit.
+    """Return base(x) + alpha * delta(x), never holding tokens x d_sae; alpha = 0 is base(x) bit for bit.
 
-    x [..., d_model] float64, float32 or bfloat16, the weights alike; any strides, any leading shape, also empty.
-    acts = pre_acts where pre_acts > max(threshold, 0), of which the k largest (ties: lower index) if k is given, base
-    and delta apart. alpha is a number or a scalar tensor and scales the delta's b_dec too. A non-finite row of x, or
-    one with a non-finite pre_act, gives a NaN row and changes no other row.
-    Differentiable, once, in x, the delta's five tensors and alpha; the base is frozen. The threshold's gradient is the
-    straight-through one of arXiv 2407.14435 with a rectangle kernel of width `bandwidth`, in units of pre_acts.
+    x [..., d_model] float64, float32 or bfloat16, the weights alike; any strides, any leading shape.
+    acts = pre_acts where pre_acts > max(threshold, 0), of which the k largest (ties: lower index) if k is
+    given, base and delta apart. alpha, a number or a scalar tensor, scales the delta's b_dec too. A row of x
+    that is not finite, or whose pre_acts are not, gives a NaN row and changes no other row.
+    Differentiable, once, in x, the delta's five tensors and alpha; the base is frozen. The threshold's
+    gradient is straight-through (arXiv 2407.14435): a rectangle kernel of width `bandwidth` (of pre_acts).
     Raises OpError, naming the argument.
     """
     return torch.ops.deltatc.transcode(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
@@ -81,7 +85,7 @@ def transcode_stats(
 
 
 def encode(x: Tensor, weights: Weights, k: int | None = None) -> Tensor:
-    """Return dense acts [..., d_sae] of x [..., d_model], in plain torch; no gradient reaches the threshold."""
+    """Return dense acts [..., d_sae] of x [..., d_model], in plain torch; the threshold gets no gradient."""
     _check_x(x)
     _check_weights("weights", weights, x)
     _check_k("k", k, weights.b_enc.shape[0])
@@ -93,12 +97,14 @@ def decode(acts: Tensor, weights: Weights) -> Tensor:
     if not isinstance(acts, Tensor) or acts.dim() < 1 or acts.shape[-1] != weights.W_dec.shape[0]:
         raise OpError(f"acts is {_described(acts)}; expected [..., d_sae = {weights.W_dec.shape[0]}]")
     if acts.dtype != weights.W_dec.dtype or acts.device != weights.W_dec.device:
-        raise OpError(f"acts is {_described(acts)}; expected the weights' {weights.W_dec.dtype}, {weights.W_dec.device}")
+        raise OpError(
+            f"acts is {_described(acts)}; expected the dtype and device of W_dec, {_described(weights.W_dec)}"
+        )
     return decode_dense(acts, weights)
 
 
 def build_info() -> dict[str, Any]:
-    """Say what was built: CUDA, its architectures and compiler, and the CPU instruction sets, the one in use first."""
+    """Say what was built: CUDA, architectures, compiler; CPU instruction sets, the one in use first."""
     return {"cuda": False, "archs": [], "nvcc": None, "cpu": torch.ops.deltatc.cpu_kernels().split()}
 
 
@@ -114,11 +120,11 @@ def _arguments(
     """Check everything, and return the operator's arguments."""
     _check_x(x)
     if x.device.type != "cpu":
-        raise OpError(f"x is on {x.device}; expected the CPU, the only device that this build has a kernel for")
+        raise OpError(f"x is on {x.device}; expected the CPU, the only device with a kernel")
     _check_weights("base", base, x)
     _check_k("k_base", k_base, base.b_enc.shape[0])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in base):
-        raise OpError("base requires grad, but is frozen here; pass the trainable part as delta, or detach the base")
+        raise OpError(BASE_IS_FROZEN)
     if delta is not None:
         _check_weights("delta", delta, x)
         _check_k("k_delta", k_delta, delta.b_enc.shape[0])
@@ -126,7 +132,9 @@ def _arguments(
         raise OpError(f"k_delta = {k_delta!r} without a delta; expected None")
     if isinstance(alpha, Tensor):
         if alpha.dim() != 0 or not alpha.is_floating_point() or alpha.device != x.device:
-            raise OpError(f"alpha is {_described(alpha)}; expected a number or a floating-point scalar on {x.device}")
+            raise OpError(
+                f"alpha is {_described(alpha)}; expected a number or a floating-point scalar tensor beside x"
+            )
     elif isinstance(alpha, (int, float)) and math.isfinite(alpha):
         alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
     else:
@@ -138,7 +146,9 @@ def _arguments(
 
 def _check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dim() < 1 or x.dtype not in DTYPES:
-        raise OpError(f"x is {_described(x)}; expected a tensor [..., d_model] of float64, float32 or bfloat16")
+        raise OpError(
+            f"x is {_described(x)}; expected a [..., d_model] tensor of float64, float32 or bfloat16"
+        )
 
 
 def _check_weights(name: str, weights: Weights, x: Tensor) -> None:
@@ -150,18 +160,19 @@ def _check_weights(name: str, weights: Weights, x: Tensor) -> None:
     shapes = ((d_model, width), (width,), (width,), (width, d_model), (d_model,))
     for field, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
-            raise OpError(
-                f"{name}.{field} is {_described(tensor)}; expected {x.dtype} {list(shape)} on {x.device} to fit x"
-            )
+            expected = f"{x.dtype} {list(shape)} on {x.device}"
+            raise OpError(f"{name}.{field} is {_described(tensor)}; expected {expected} to fit x")
 
 
 def _check_k(name: str, k: int | None, width: int) -> None:
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= width):
-        raise OpError(f"{name} = {k!r}; expected None, or a whole number from 1 to the {width} latents there are")
+        raise OpError(f"{name} = {k!r}; expected None, or a whole number from 1 to {width}, the latents")
 
 
 def _described(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{value.dtype} {list(value.shape)} on {value.device}"
 
 
 def _load_library() -> None:
@@ -186,55 +197,37 @@ def _(x: Tensor, *_rest: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("deltatc::transcode_backward")
 def _(_grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    inputs, needed = (x, *rest[5:11]), rest[-1]
-    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(inputs, needed, strict=True)]
+    inputs = [x if t is None else t for t in (x, *rest[5:11])]
+    return [t.new_empty(t.shape if need else 0) for t, need in zip(inputs, rest[-1], strict=True)]
 
 
 @torch.library.impl("deltatc::transcode_backward", "default")
 def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
-    """Gradients of x, the delta's five tensors and alpha, summed over chunks of tokens in float32 or float64."""
+    """Gradients of x, the delta's five tensors and alpha, in float32 or wider, over chunks of tokens."""
     *weights, alpha, k_base, k_delta, bandwidth, needed = rest
-    inputs = (x, *weights[5:], alpha)
+    inputs = [x if t is None else t for t in (x, *weights[5:], alpha)]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = [t.new_zeros(t.shape, dtype=wide) if need else None for t, need in zip(inputs, needed, strict=True)]
+    sums = [t.new_zeros(t.shape if n else 0, dtype=wide) for t, n in zip(inputs, needed, strict=True)]
+    base, delta = weights[:5], weights[5:]
     parts = []
     if needed[0]:
         only_x = [True] + [False] * 6
-        parts.append((Weights(*(t.to(wide) for t in weights[:5])), torch.ones((), dtype=wide), k_base, only_x))
-    if weights[5] is not None:
-        parts.append((Weights(*(t.to(wide) for t in weights[5:])), alpha.to(wide), k_delta, needed))
+        parts.append((Weights(*(t.to(wide) for t in base)), x.new_ones((), dtype=wide), k_base, only_x))
+    if delta[0] is not None:
+        parts.append((Weights(*(t.to(wide) for t in delta)), alpha.to(wide), k_delta, needed))
 
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     step = max(1, BACKWARD_ELEMENTS // max(1, x.shape[-1], *(part.W_enc.shape[1] for part, *_ in parts)))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         for part, scale, k, wanted in parts:
-            found = _part_gradients(rows[chunk].to(wide), grads[chunk].to(wide), part, scale, k, bandwidth, wanted)
-            if found[0] is not None:
-                sums[0].view(rows.shape)[chunk] += found[0]
-            for total, gradient in zip(sums[1:], found[1:], strict=True):
+            x_chunk, grad_chunk = rows[chunk].to(wide), grads[chunk].to(wide)
+            found = part_gradients(x_chunk, grad_chunk, part, scale, k, bandwidth, wanted)
+            targets = [sums[0].view(rows.shape)[chunk] if needed[0] else sums[0], *sums[1:]]
+            for target, gradient in zip(targets, found, strict=True):
                 if gradient is not None:
-                    total += gradient
-    return [x.new_empty(0) if total is None else total.to(t.dtype) for t, total in zip(inputs, sums, strict=True)]
-
-
-def _part_gradients(
-    x: Tensor, grad: Tensor, part: Weights, scale: Tensor, k: int | None, bandwidth: float, needed: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of scale * part(x) by x [tokens, d_model], part's five tensors and scale; None where not needed."""
-    acts, pre, counted = encode_dense(x, part, k)
-    to_acts = grad @ part.W_dec.T
-    to_pre = torch.where(acts != 0, scale * to_acts, 0.0)
-    formulas = (
-        lambda: to_pre @ part.W_enc.T,
-        lambda: x.T @ to_pre,
-        lambda: to_pre.sum(0),
-        lambda: scale * (to_acts * threshold_slope(pre, part.threshold.clamp(min=0), counted, bandwidth)).sum(0),
-        lambda: scale * (acts.T @ grad),
-        lambda: scale * grad.sum(0),
-        lambda: (acts * to_acts).sum() + grad.sum(0) @ part.b_dec,
-    )
-    return [formula() if need else None for formula, need in zip(formulas, needed, strict=True)]
+                    target += gradient
+    return [s.to(t.dtype) for t, s in zip(inputs, sums, strict=True)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -245,9 +238,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor, *_stats: Tensor) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[i] for i in (0, 6, 7, 8, 9, 10, 11)]
     if any(ctx.needs_input_grad[1:6]):
-        raise OpError("base requires grad, but is frozen here; pass the trainable part as delta, or detach the base")
+        raise OpError(BASE_IS_FROZEN)
     gradients = torch.ops.deltatc.transcode_backward(grad, *ctx.saved_tensors, *ctx.options, needed)
-    x, *delta_and_alpha = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
+    x, *delta_and_alpha = (g if need else None for g, need in zip(gradients, needed, strict=True))
     return (x, *(None,) * 5, *delta_and_alpha, *(None,) * 3)
 
 

@@ -1,4 +1,4 @@
-"""What torch.ops.deltatc computes, in plain torch: the definition that the compiled kernels are tested against.
+"""What torch.ops.deltatc computes, in plain torch: the definition that compiled kernels are tested against.
 
 It holds dense acts, tokens x d_sae, and checks nothing: ops.py is what other modules call.
 """
@@ -21,7 +21,7 @@ class Weights(NamedTuple):
 
 
 class TranscodeStats(NamedTuple):
-    """recon [..., d_model]; l0 (number) and l1 (sum) of acts a token, base and delta apart, each [...] float32."""
+    """recon [..., d_model]; l0 (number) and l1 (sum) of acts a token, base and delta apart: [...] float32."""
 
     recon: Tensor
     l0_base: Tensor
@@ -31,7 +31,7 @@ class TranscodeStats(NamedTuple):
 
 
 def encode_dense(x: Tensor, weights: Weights, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return acts, pre_acts, and where a move of the threshold matters: not behind the k-th largest active latent."""
+    """Return acts, pre_acts, and where a threshold matters: not behind the k-th largest active latent."""
     pre = x @ weights.W_enc + weights.b_enc
     active = pre > weights.threshold.clamp(min=0)
     acts = torch.where(active, pre, 0.0)
@@ -51,7 +51,7 @@ def decode_dense(acts: Tensor, weights: Weights) -> Tensor:
 
 
 def threshold_slope(pre: Tensor, theta: Tensor, counted: Tensor, bandwidth: float) -> Tensor:
-    """Return d acts / d theta, straight through: -theta / bandwidth where pre is within half a bandwidth of theta.
+    """Return d acts / d theta, straight through: -theta / bandwidth where pre is within half a bandwidth.
 
     The step's derivative is replaced by a rectangle of width `bandwidth` (arXiv 2407.14435, equation 12).
     """
@@ -96,6 +96,26 @@ def transcode_stats_ref(
         alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
     part = alpha.to(x.dtype) * decode_dense(acts + through, delta)
     return TranscodeStats(torch.where(alpha == 0, recon, recon + part), l0, l1, *_l0_l1(acts))
+
+
+def part_gradients(
+    x: Tensor, grad: Tensor, part: Weights, scale: Tensor, k: int | None, bandwidth: float, needed: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of scale * part(x) by x [tokens, d_model], the five tensors and scale; None: not needed."""
+    acts, pre, counted = encode_dense(x, part, k)
+    theta = part.threshold.clamp(min=0)
+    to_acts = grad @ part.W_dec.T
+    to_pre = torch.where(acts != 0, scale * to_acts, 0.0)
+    formulas = (
+        lambda: to_pre @ part.W_enc.T,
+        lambda: x.T @ to_pre,
+        lambda: to_pre.sum(0),
+        lambda: scale * (to_acts * threshold_slope(pre, theta, counted, bandwidth)).sum(0),
+        lambda: scale * (acts.T @ grad),
+        lambda: scale * grad.sum(0),
+        lambda: (acts * to_acts).sum() + grad.sum(0) @ part.b_dec,
+    )
+    return [formula() if need else None for formula, need in zip(formulas, needed, strict=True)]
 
 
 def _l0_l1(acts: Tensor) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,12 @@ def test_a_pre_act_that_overflows_is_nan_and_the_delta_s_only_where_alpha_uses_i
     x[:, 0] = 0.0
     x[2, 0] = -10.0
     assert transcode(x, base, delta).isnan().any(-1).tolist() == [False, False, True, False, False]
+    unused = transcode_stats(x, base, delta, 0.0)
     assert torch.equal(transcode(x, base, delta, 0.0), transcode(x, base))
+    assert torch.equal(unused.recon, transcode(x, base)) and unused.l1_delta.isnan().tolist()[1:3] == [
+        False,
+        True,
+    ]
     assert transcode(x, delta)[2].isnan().all()
 
 
@@ -264,13 +269,16 @@ def test_alpha_zero_is_the_base_bit_for_bit_and_the_base_ignores_the_delta(dtype
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("ks", [(None, None), (9, 3)])
-def test_a_row_depends_on_nothing_but_itself(dtype, ks):
-    x, base, delta = make_case(257, 48, 300, 7, 0.2, dtype)
+@pytest.mark.parametrize("tokens", [257, 480])
+def test_a_row_depends_on_nothing_but_itself(dtype, ks, tokens):
+    x, base, delta = make_case(tokens, 48, 300, 7, 0.2, dtype)
     whole = transcode(x, base, delta, 0.5, *ks)
-    order = torch.randperm(257, generator=torch.Generator().manual_seed(5))
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5))
     assert torch.equal(transcode(x[order], base, delta, 0.5, *ks), whole[order])
     assert torch.equal(torch.cat([transcode(row, base, delta, 0.5, *ks)[None] for row in x]), whole)
-    assert torch.equal(transcode(x.view(1, 257, 1, 48), base, delta, 0.5, *ks), whole.view(1, 257, 1, 48))
+    assert torch.equal(
+        transcode(x.view(1, tokens, 1, 48), base, delta, 0.5, *ks), whole.view(1, tokens, 1, 48)
+    )
 
 
 def test_threads_do_not_change_a_bit():
@@ -301,6 +309,8 @@ def test_empty_shapes_and_an_empty_base():
         assert found.recon.shape == shape and found.l0_delta.shape == shape[:-1]
     nothing = Weights(torch.zeros(8, 0), torch.zeros(0), torch.zeros(0), torch.zeros(0, 8), torch.zeros(8))
     assert torch.equal(transcode(x, nothing, delta), transcode(x, delta))
+    x[1, 3] = torch.nan
+    assert transcode(x, nothing).isnan().all(-1).tolist() == [False, True, False, False]
     assert transcode(x[0], base).shape == (8,)
 
 

@@ -18,7 +18,7 @@ from deltatc.models import save_model
 from pipeline.bootstrap.corpus import Corpus
 
 VOCABULARY = 1024
-N_STEPS = 1000
+N_STEPS = 1700
 BATCH_ROWS, LENGTH = 28, 128
 MUON_LR, ADAM_LR = 0.02, 0.005
 N_GATE = 200  # held-out prompts of each kind
