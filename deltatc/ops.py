@@ -39,6 +39,8 @@ BASE_IS_FROZEN = (
     "base requires grad, but is frozen here; pass the trainable part as delta, or detach the base"
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+PLAIN_ELEMENTS = 1 << 26
+"""Where a device has no kernel of its own, so few tokens at a time that a dense matrix has at most this many elements."""
 BACKWARD_ELEMENTS = 1 << 21
 """Backward takes so few tokens at a time that each token x latent matrix has at most this many elements."""
 
@@ -119,8 +121,8 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """Check everything, and return the operator's arguments."""
     _check_x(x)
-    if x.device.type != "cpu":
-        raise OpError(f"x is on {x.device}; expected the CPU, the only device with a kernel")
+    if x.device.type not in ("cpu", "cuda"):
+        raise OpError(f"x is on {x.device}; expected the CPU or a CUDA device")
     _check_weights("base", base, x)
     _check_k("k_base", k_base, base.b_enc.shape[0])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in base):
@@ -183,6 +185,21 @@ def _load_library() -> None:
 
 
 _load_library()
+
+
+def plain_stats(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """transcode_stats by its plain-torch definition, in chunks of tokens: for devices without a kernel of their own."""
+    *weights, alpha, k_base, k_delta, bandwidth = rest
+    base, delta = Weights(*weights[:5]), None if weights[5] is None else Weights(*weights[5:])
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, PLAIN_ELEMENTS // max(1, base.W_enc.shape[1]))
+    parts = [transcode_stats_ref(part, base, delta, alpha, k_base, k_delta, bandwidth) for part in rows.split(step)]
+    recon, *stats = (torch.cat(field) for field in zip(*parts, strict=True))
+    return recon.reshape(x.shape), *(stat.reshape(x.shape[:-1]) for stat in stats)
+
+
+torch.library.impl("deltatc::transcode_stats", "CUDA", plain_stats)
+torch.library.impl("deltatc::transcode", "CUDA", lambda *arguments: plain_stats(*arguments)[0])
 
 
 @torch.library.register_fake("deltatc::transcode")

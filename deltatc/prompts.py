@@ -28,7 +28,7 @@ class Prompted(NamedTuple):
     rows: dict[str, list[dict]]
     """{split: rows}."""
     dropped: dict[str, int]
-    """{reason: rows}, of external data only."""
+    """{reason: rows} that overlap or cannot be used."""
 
 
 class Generator:
@@ -58,7 +58,7 @@ class Generator:
         text = groups[group][index].format(a=a, b=b, op=op, word=WORDS[op], expr=spaced)
         if label == "tool" and self.random.random() < CONTEXT_SHARE:
             text = f"{self.random.choice(self.words['context'])} {text}"
-        return _row(text, render(expr), label, f"{label}/{group}{index}", expr)
+        return make_row(text, render(expr), label, f"{label}/{group}{index}", expr)
 
     def _operands(self, label: str, op: str) -> tuple[str, str, str, str]:
         """Return (a, b, the expression as called, the expression as written in a prompt)."""
@@ -79,7 +79,7 @@ class Generator:
         patterns = self.templates[label]
         index = self.random.randrange(len(patterns))
         (text,) = self._fresh(lambda: (re.sub(r"\{(\w+)\}", self._fill, patterns[index]),))
-        return _row(text, text, label, f"{label}/{index}", None)
+        return make_row(text, text, label, f"{label}/{index}", None)
 
     def _fill(self, match: re.Match) -> str:
         return self._digits(*self.numbers["copy_digits"]) if match[1] == "n" else self.random.choice(self.words[match[1]])
@@ -125,14 +125,20 @@ def generate_splits(source: str | Path, settings: Prompts) -> dict[str, list[dic
     return splits
 
 
-def check_splits(splits: Mapping[str, list[dict]]) -> None:
-    """Refuse splits that share an expression, a prompt, or (OOD) a template, and prompts that show the call's tag."""
+def check_splits(splits: Mapping[str, list[dict]], allow_shared_expressions: bool = False) -> None:
+    """Refuse splits that share a prompt, an expression, or (OOD) a template, and OOD prompts that show the call's tag.
+
+    External data may share expressions, templates and tags: it was written without this rule.
+    """
     home: dict[str, str] = {}
     for split, rows in splits.items():
         for row in rows:
-            for item in {row["input"], row["expr"] or row["input"]}:
+            expr = None if allow_shared_expressions else row["expr"]
+            for item in {row["input"], expr or row["input"]}:
                 if home.setdefault(item, split) != split:
                     raise DataError(f"{item!r} is in both {home[item]} and {split}; splits must be disjoint")
+    if allow_shared_expressions:
+        return
     trained = {row["template"] for split, rows in splits.items() if split != "eval" for row in rows}
     for row in splits["eval"]:
         if row["label"].endswith("_ood") and (row["template"] in trained or OPEN in row["input"]):
@@ -144,5 +150,6 @@ def counts(splits: Mapping[str, list[dict]]) -> dict[str, dict[str, int]]:
     return {split: dict(Counter(row["label"] for row in rows)) for split, rows in splits.items()}
 
 
-def _row(text: str, target: str, label: str, template: str, expr: str | None) -> dict:
+def make_row(text: str, target: str, label: str, template: str, expr: str | None) -> dict:
+    """Return a row of the prompts' JSONL files."""
     return {"input": text, "target": target, "label": label, "template": template, "expr": expr}

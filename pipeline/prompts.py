@@ -1,18 +1,26 @@
-"""prompts: rows of every subset in disjoint splits, from data/ or from external datasets."""
+"""prompts: rows of every subset in disjoint splits, from the project's templates or from external datasets."""
+
+from pathlib import Path
 
 from stage import METRICS, PROMPTS, run
 
 from deltatc.config import load_params
+from deltatc.external import external_splits
 from deltatc.files import write_json, write_jsonl
-from deltatc.prompts import counts, generate_splits
+from deltatc.prompts import Prompted, counts, generate_splits
+
+OWN_DATA = Path("data")
 
 
 def main() -> None:
     settings = load_params().prompts
-    splits = generate_splits(settings.source, settings)
-    for split, rows in splits.items():
+    if Path(settings.source) == OWN_DATA:
+        prompted = Prompted(generate_splits(OWN_DATA, settings), {})
+    else:
+        prompted = external_splits(settings.source, OWN_DATA, settings)
+    for split, rows in prompted.rows.items():
         write_jsonl(PROMPTS / f"{split}.jsonl", rows)
-    write_json(METRICS / "prompts.json", {"rows": counts(splits)})
+    write_json(METRICS / "prompts.json", {"rows": counts(prompted.rows), "dropped": prompted.dropped})
 
 
 if __name__ == "__main__":

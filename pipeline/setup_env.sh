@@ -29,7 +29,7 @@ check_machine() {
     free=$(df -Pk . | awk 'NR == 2 {print $4}')
     used=$(du -sk .venv 2>/dev/null | cut -f1)
     ((free + ${used:-0} >= NEEDED_KB)) ||
-        stop "the disk is too full: the set-up needs $((NEEDED_KB / 1000)) MB here and $((free / 1000)) MB are free"
+        stop "the set-up needs $((NEEDED_KB / 1000)) MB here and $((free / 1000)) MB are free; free some space"
 }
 
 check_compiler() {
@@ -87,11 +87,11 @@ attempt() {
     output=$("$@" 2>&1 </dev/null) && return
     case $output in
         *"No space left on device"* | *"Disk quota exceeded"*)
-            stop "$what: the disk is full; free some space here and under ${TMPDIR:-/tmp}" ;;
+            stop "$what: the disk is full; free some space here and under ${TMPDIR:-/tmp}, and run make again" ;;
         *"after connection broken by"*)
-            stop "$what: the package index cannot be reached; check the network and the proxy settings" ;;
+            stop "$what: the package index cannot be reached; check the network and the proxy settings, and run make again" ;;
     esac
-    printf '%s\n' "$output" >.venv/setup.log
+    mkdir -p .venv && printf '%s\n' "$output" >.venv/setup.log
     reason=$(printf '%s\n' "$output" | grep -m1 -iE '\berror: ')
     stop "$what failed: ${reason:-no reason was given}; see .venv/setup.log"
 }
@@ -101,7 +101,7 @@ say() {
 }
 
 stop() {
-    echo "set-up: error: $*; then run make again" >&2
+    echo "set-up: error: $*" >&2
     exit 1
 }
 

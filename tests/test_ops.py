@@ -444,3 +444,18 @@ def test_build_info_says_what_was_built():
     info = ops.build_info()
     assert set(info) == {"cuda", "archs", "nvcc", "cpu"} and info["cuda"] is False
     assert "generic" in info["cpu"] and os.environ.get("DELTATC_CPU_KERNEL") in (None, info["cpu"][0])
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 5, 8), (8,)])
+def test_plain_definition_for_devices_without_a_kernel_equals_the_kernel(shape, monkeypatch):
+    monkeypatch.setattr(ops, "PLAIN_ELEMENTS", 64)  # so that several chunks are needed
+    draw = torch.Generator().manual_seed(0)
+    base, delta = (
+        ops.Weights(*(torch.randn(size, generator=draw, dtype=torch.float64) for size in ((8, n), (n,), (n,), (n, 8), (8,))))
+        for n in (30, 5)
+    )
+    x = torch.randn(shape, generator=draw, dtype=torch.float64)
+    arguments = (x, *base, *delta, torch.tensor(0.7, dtype=torch.float64), None, 3, 1e-3)
+    wanted = torch.ops.deltatc.transcode_stats(*arguments)
+    for found, expected in zip(ops.plain_stats(*arguments), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
