@@ -59,6 +59,11 @@ check_python() {
 }
 
 install_requirements() {
+    # pip writes INSTALLER near the end: a package without it was interrupted, though pip would count it as installed.
+    local info
+    for info in .venv/lib/python3*/site-packages/*.dist-info; do
+        [ -e "$info/INSTALLER" ] || rm -rf "$info"
+    done
     say "installing torch (the largest package; minutes where the index serves a CUDA build)"
     attempt "installing torch" pip_install "$(grep '^torch==' requirements.txt)"
     say "installing the other requirements (about a minute)"
