@@ -1,0 +1,186 @@
+"""Training of coders and deltas: BatchTopK by its definition, planted structure found, seeds, freezing, grids.
+
+    pytest tests/test_train.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deltatc.config import Delta
+from deltatc.delta import Job, Key, train_deltas
+from deltatc.errors import DataError
+from deltatc.finetune import finetune, mlp_change
+from deltatc.harvest import harvest, take_tokens, transcoder_input
+from deltatc.models import load_model
+from deltatc.text import encode_text
+from deltatc.train import CoderTrainer, Recipe, batch_topk, calibrate_threshold
+from tests.helpers import random_transcoder, tiny_gemma2
+
+SETTINGS = Delta(None, None, [4], [0.5], "recon", 0.5, None, 1200, 1, 300, 60, 64, 0.01, 20, 3, 64, 0)
+
+
+def test_batch_topk_keeps_the_largest_of_the_whole_batch():
+    pre = torch.randn(13, 7, generator=torch.Generator().manual_seed(0))
+    acts = batch_topk(pre, 2.0)
+    kept = pre[acts > 0]
+    assert len(kept) == 26 and torch.equal(acts[acts > 0], kept)
+    assert kept.min() > torch.relu(pre)[acts == 0].max()
+    assert torch.equal(batch_topk(pre, 7.0), torch.relu(pre))  # never a negative act
+
+
+def test_calibrated_thresholds_give_at_most_the_l0_asked_for():
+    pre = torch.randn(101, 9, generator=torch.Generator().manual_seed(1))
+    for l0 in (0.5, 2.0, 4.0, 9.0):
+        threshold = calibrate_threshold(pre, l0)
+        found = (pre > threshold.clamp_min(0)).double().sum(-1).mean()
+        assert threshold.shape == (9,) and found <= l0 and (found > l0 - 0.05 or l0 > 4)
+
+
+def planted(n, seed):
+    """x, and a target that is a sparse function of it: six rectified directions."""
+    draw = torch.Generator().manual_seed(seed)
+    W = torch.randn(16, 6, generator=torch.Generator().manual_seed(99)) / 4
+    V = torch.randn(6, 16, generator=torch.Generator().manual_seed(98))
+    x = torch.randn(n, 16, generator=draw)
+    return x, torch.relu(x @ W - 0.5) @ V
+
+
+def trained(x, y, x_check, y_check, **changes):
+    trainer = CoderTrainer(replace(Recipe(12, 4.0, 600, 0.01, 100, 10, 0), **changes), 16)
+    order = torch.Generator().manual_seed(0)
+    while not trainer.stopped:
+        rows = torch.randint(len(x), (256,), generator=order)
+        trainer.step(x[rows], y[rows])
+        if trainer.n_done % trainer.recipe.eval_every == 0:
+            trainer.validate(x_check, y_check)
+    return trainer
+
+
+def test_a_planted_sparse_function_is_found_and_noise_is_not():
+    x, y = planted(4000, 0)
+    check = planted(1000, 1)
+    assert min(line.fvu for line in trained(x, y, *check).log) < 0.1
+    shuffled = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    assert min(line.fvu for line in trained(x, shuffled, *check).log) > 0.8
+
+
+def test_the_exported_weights_have_the_logged_fvu_and_l0():
+    x, y = planted(2000, 0)
+    x_check, y_check = planted(500, 1)
+    trainer = trained(x, y, x_check, y_check)
+    w, best = trainer.best, min(trainer.log, key=lambda line: line.fvu)
+    pre = (x_check.double() @ w.W_enc.double() + w.b_enc).numpy()
+    acts = pre * (pre > w.threshold.numpy()) * (pre > 0)
+    error = y_check.double().numpy() - (acts @ w.W_dec.double().numpy() + w.b_dec.double().numpy())
+    variance = ((y_check - y_check.mean(0)).double() ** 2).sum().item()
+    assert (error**2).sum() / variance == pytest.approx(best.fvu, rel=1e-3, abs=1e-6)
+    assert (acts > 0).sum(-1).mean() == pytest.approx(best.l0, abs=0.02) and best.l0 <= 4
+
+
+def test_output_is_zero_at_the_start():
+    trainer = CoderTrainer(Recipe(12, 4.0, 10, 0.01, 5, 2, 0), 16)
+    weights = trainer.export(torch.randn(50, 16))
+    assert not weights.W_dec.any() and not weights.b_dec.any()
+
+
+def test_early_stopping_keeps_the_best_and_stops():
+    x, y = planted(500, 0)
+    trainer = trained(x, y, x, torch.randn(500, 16, generator=torch.Generator().manual_seed(5)), patience=2)
+    fvus = [line.fvu for line in trainer.log]
+    assert trainer.n_done < 600 and len(fvus) - 1 - fvus.index(min(fvus)) == 2
+
+
+@pytest.mark.parametrize("where", ["x", "target"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(where):
+    x, y = planted(64, 0)
+    trainer = CoderTrainer(Recipe(12, 4.0, 10, 0.01, 5, 2, 0), 16)
+    trainer.step(x, y)
+    before = [p.detach().clone() for p in trainer.parameters]
+    (x if where == "x" else y)[3, 3] = float("inf")
+    with pytest.raises(DataError, match="step 1"):
+        trainer.step(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    base_model, tokenizer = tiny_gemma2(folder)
+    model = load_model(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight += 0.3 * torch.randn_like(layer.mlp.down_proj.weight)
+    texts = [f"hello {i * 37 % 101} world, what is {i} plus {i * i}?" for i in range(80)]
+    sequences = [encode_text(tokenizer, text) for text in texts]
+    bases = {layer: {l0: random_transcoder(10 * layer + l0) for l0 in (5, 9)} for layer in (0, 2)}
+    return model, base_model, tokenizer, sequences, bases
+
+
+def run(study, jobs, settings=SETTINGS):
+    model, base_model, tokenizer, sequences, bases = study
+    return train_deltas(model, base_model, bases, jobs, sequences[:60], sequences[60:], settings, 16, tokenizer.pad_token_id)
+
+
+def test_harvest_equals_one_text_at_a_time(study):
+    model, base_model, tokenizer, sequences, _ = study
+    found = harvest(model, sequences[:5], [1], 2, tokenizer.pad_token_id, base_model)[1]
+    single = [harvest(model, [s], [1], 1, tokenizer.pad_token_id, base_model)[1] for s in sorted(sequences[:5], key=lambda s: len(s.ids))]
+    for kind in range(3):
+        torch.testing.assert_close(found[kind], torch.cat([part[kind] for part in single]), rtol=1e-4, atol=1e-4)
+    assert found.mlp_out.shape == (sum(len(s.ids) - 1 for s in sequences[:5]), 32)
+    layer = base_model.model.layers[1]
+    wanted = layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(found.resid_mid)))
+    torch.testing.assert_close(found.mlp_out_of_base, wanted.detach(), rtol=1e-4, atol=1e-4)
+    assert sum(len(s.ids) - 1 for s in take_tokens(sequences, 100, 0)) >= 100
+
+
+def test_a_grid_gives_what_each_delta_alone_gives_and_bases_stay(study):
+    bases = study[-1]
+    before = {(layer, l0): [t.clone() for t in base.weights] for layer, by in bases.items() for l0, base in by.items()}
+    jobs = {Key(f"c{l0}", layer): Job(l0, 4, 2.0) for layer in (0, 2) for l0 in (5, 9)}
+    together, energies = run(study, jobs)
+    for (layer, l0), weights in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights, bases[layer][l0].weights, strict=True))
+    for key in (Key("c5", 0), Key("c9", 2)):
+        alone, _ = run(study, {key: jobs[key]})
+        pairs = zip(alone[key].delta.weights, together[key].delta.weights, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(result.log[-1].fvu < result.log[0].fvu for result in together.values())
+    energy = energies[0][5]
+    assert energy.finetune > 0 and energy.base_error > 0 and energy.target > 0
+
+
+def test_mlp_diff_targets_only_what_the_finetune_changed(study):
+    model, base_model, tokenizer, sequences, bases = study
+    job = {Key("c", 0): Job(5, 4, 2.0)}
+    same = (base_model, base_model, tokenizer, sequences, bases)
+    trained_, energies = run(same, job, replace(SETTINGS, target="mlp_diff"))
+    x = transcoder_input(model, 0, "normalized", torch.randn(20, 32))
+    assert trained_[Key("c", 0)].delta.delta_only(x).abs().max() < 1e-6  # nothing changed, nothing learnt
+    assert energies[0][5].finetune < 1e-12 * energies[0][5].base_error
+
+
+def test_chunks_bound_what_is_harvested_and_still_take_every_step(study):
+    results, _ = run(study, {Key("c", 0): Job(5, 4, 2.0)}, replace(SETTINGS, n_chunks=3, patience=99))
+    assert results[Key("c", 0)].log[-1].step == SETTINGS.n_steps
+
+
+def test_attention_only_lora_leaves_every_mlp_and_merging_changes_no_logits(tmp_path, caplog):
+    from deltatc.config import load_params
+
+    model, tokenizer = tiny_gemma2(tmp_path)
+    settings = replace(load_params().finetune, batch_rows=4, checkpoints=1, n_validation=2, max_new_tokens=3)
+    rows = [{"input": f"a{i}", "target": f"b{i}", "expr": None, "label": "copy"} for i in range(16)]
+    rows += [{"input": f"{i}+1", "target": "<tool_call>", "expr": f"{i}+1", "label": "tool"} for i in range(16)]
+    base = load_model(tmp_path)
+    merged, history = finetune(load_model(tmp_path), tokenizer, rows, rows, replace(settings, target_modules="attention"), 8, 0)
+    assert mlp_change(merged, base) == [0.0, 0.0, 0.0] and "no MLP projection" in caplog.text and len(history) == 1
+    merged, _ = finetune(load_model(tmp_path), tokenizer, rows, rows, settings, 8, 0)
+    assert min(mlp_change(merged, base)) > 0
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    ids = torch.tensor([[2, 10, 20, 30]])
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "merged")(ids).logits, merged(ids).logits)
