@@ -44,7 +44,7 @@ bench: .venv/.extension ## time the operators, shortly; ARGS="..." goes to pytes
 bootstrap: .venv/.extension .venv/.pulled-data ## make the tiny model and its base transcoders again (minutes)
 	@$(VENV) python -m pipeline.bootstrap
 	@$(VENV) dvc add models
-	@$(VENV) dvc push data.dvc models.dvc
+	@$(VENV) dvc push --remote embedded data.dvc models.dvc
 	@touch .venv/.pulled-models
 
 lint: .venv/.requirements ## check style and types

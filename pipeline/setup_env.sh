@@ -78,7 +78,7 @@ build_extension() {
 
 pull() {
     say "pulling $1/ from the remote inside the repository"
-    attempt "dvc pull $1.dvc (is the folder .dvc/embedded complete?)" .venv/bin/python -m dvc pull "$1.dvc"
+    attempt "dvc pull $1.dvc" .venv/bin/python -m dvc pull --remote embedded "$1.dvc"
 }
 
 pip_install() {
@@ -95,9 +95,12 @@ attempt() {
             stop "$what: the disk is full; free some space here and under ${TMPDIR:-/tmp}, and run make again" ;;
         *"after connection broken by"*)
             stop "$what: the package index cannot be reached; check the network and the proxy settings, and run make again" ;;
+        *"failed to pull data from the cloud"*)
+            stop "$what: .dvc/embedded does not hold all of its files; take a complete clone and run make again" ;;
     esac
     mkdir -p .venv && printf '%s\n' "$output" >.venv/setup.log
-    reason=$(printf '%s\n' "$output" | grep -m1 -iE '\berror: ')
+    # A compiler's own message names the line; what pip and setuptools say about it does not.
+    reason=$(grep -m1 -E '^ *csrc/.* error: ' .venv/setup.log || grep -m1 -iE '\berror: ' .venv/setup.log)
     stop "$what failed: ${reason:-no reason was given}; see .venv/setup.log"
 }
 
