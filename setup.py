@@ -7,15 +7,11 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 if shutil.which("g++") is None:
-    raise SystemExit(
-        "deltatc: g++ is not on the PATH; install a C++17 compiler (Debian: apt-get install g++)"
-    )
+    raise SystemExit("deltatc: g++ is not on the PATH; install a C++17 compiler (Debian: apt-get install g++)")
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-HEADERS = sorted(
-    str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc")
-)
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc"))
 
 setup(
     name="deltatc",

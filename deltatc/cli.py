@@ -74,7 +74,10 @@ def _summary(options: argparse.Namespace) -> None:
     numbers = read_json("metrics/headline.json")
     width = max(map(len, numbers))
     print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in numbers.items()))
-    print("\nreport  report/report.md\nplots   " + "\n        ".join(sorted({str(p.parent) for p in Path("plots").rglob("*.png")})))
+    print(
+        "\nreport  report/report.md\nplots   "
+        + "\n        ".join(sorted({str(p.parent) for p in Path("plots").rglob("*.png")}))
+    )
 
 
 def _manifest(options: argparse.Namespace) -> None:

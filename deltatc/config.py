@@ -169,9 +169,7 @@ def config_name(d_new: int, percentile: float, l0_fraction: float | None = None)
 def configurations(params: Params) -> list[tuple[str, int, float, float]]:
     """List (name, d_new, percentile, l0_fraction) of every delta that the pipeline makes, from params alone."""
     delta = params.delta
-    grid = [
-        (config_name(d_new, p), d_new, p, delta.l0_fraction) for d_new in delta.d_new for p in delta.percentiles
-    ]
+    grid = [(config_name(d_new, p), d_new, p, delta.l0_fraction) for d_new in delta.d_new for p in delta.percentiles]
     if delta.l0_fraction_also is not None:
         (d_new, p), also = studied(params), delta.l0_fraction_also
         grid.append((config_name(d_new, p, also), d_new, p, also))

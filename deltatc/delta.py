@@ -99,6 +99,11 @@ def train_deltas(
         part = chosen[chunk :: settings.n_chunks]
         of_base = base_model if settings.target == "mlp_diff" else None
         acts = harvest(model, part, layers, batch_size, pad_id, of_base, f"harvest {chunk + 1}/{settings.n_chunks}")
+        if not acts[layers[0]].mlp_out.shape[0]:
+            raise DataError(
+                f"chunk {chunk + 1} of {settings.n_chunks} of the delta's training text has no tokens; raise "
+                "prompts.n_delta or lower delta.n_chunks"
+            )
         n_steps = settings.n_steps * (chunk + 1) // settings.n_chunks - steps_done
         pairs = [(layer, l0) for layer in layers for l0 in bases[layer]]
         for layer, l0 in tqdm(pairs, desc=f"delta {chunk + 1}/{settings.n_chunks}", unit="base", disable=None):

@@ -23,7 +23,9 @@ from deltatc.toolcall import parse, render
 
 log = logging.getLogger(__name__)
 
-LABELS = {"positive": "tool", "negative": "copy"} | {subset: subset for subset in SUBSETS} | {"tool_gsm8k": "tool_gsm8k"}
+LABELS = (
+    {"positive": "tool", "negative": "copy"} | {subset: subset for subset in SUBSETS} | {"tool_gsm8k": "tool_gsm8k"}
+)
 VALIDATION_SHARE = 0.1
 
 
@@ -51,7 +53,9 @@ def external_splits(source: str | Path, own_data: str | Path, settings: Prompts)
         if subset not in present:
             log.warning("%s has no rows of subset %s; it is skipped", source, subset)
     if not present:
-        raise DataError(f"{source} leaves no evaluation row; expected labelled rows that the training text does not hold")
+        raise DataError(
+            f"{source} leaves no evaluation row; expected labelled rows that the training text does not hold"
+        )
     check_splits(splits, allow_shared_expressions=True)
     return Prompted(splits, dict(dropped))
 
@@ -59,7 +63,9 @@ def external_splits(source: str | Path, own_data: str | Path, settings: Prompts)
 def _read(file: Path, dropped: Counter[str]) -> list[dict]:
     rows = read_jsonl(file)
     if rows and set(rows[0]) >= {"question", "answer"}:
-        return [row for row in (_gsm8k(raw, f"{file}:{i}", dropped) for i, raw in enumerate(rows, 1)) if row is not None]
+        return [
+            row for row in (_gsm8k(raw, f"{file}:{i}", dropped) for i, raw in enumerate(rows, 1)) if row is not None
+        ]
     return [_labelled(raw, f"{file}:{i}") for i, raw in enumerate(rows, 1)]
 
 

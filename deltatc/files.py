@@ -142,8 +142,8 @@ def _read_utf8(path: str | Path) -> str:
 def _parse_json(text: str, where: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-        # A lone surrogate parses but cannot be written again: find it here, where the line is known.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        # A lone surrogate, and 1e999, parse but cannot be written again: find them here, where the line is known.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}); mend or remove it") from None
     return value

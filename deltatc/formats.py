@@ -4,6 +4,7 @@ Files come from other people: nothing is unpickled, shapes and sizes are checked
 be finite. Model checkpoints are models.py's business.
 """
 
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from deltatc.transcoder import KEYS, DeltaTranscoder, Transcoder, check_shapes, 
 FORMAT = "deltatc.transcoder.1"
 FORMAT_DELTA = "deltatc.delta.1"
 PARTS = ("b_dec_base", "b_dec_delta")
+NPY_DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
 def load_transcoder(path: str | Path, site: str = DEFAULT_SITE) -> Transcoder:
@@ -39,7 +41,10 @@ def load_transcoder(path: str | Path, site: str = DEFAULT_SITE) -> Transcoder:
     extra = {key[5:]: value for key, value in metadata.items() if key.startswith("user.")}
     transcoder = Transcoder(**tensors, site=metadata.get("site", DEFAULT_SITE), k=k, metadata=extra)
     d_new = _optional_int(file, metadata, "d_new")
-    if d_new is not None and len(parts) == len(PARTS):
+    like = [(part.shape, part.dtype) for part in parts.values()]
+    if like != [(transcoder.b_dec.shape, transcoder.b_dec.dtype)] * (0 if d_new is None else len(PARTS)):
+        raise FormatError(f"{file}: expected d_new, {' and '.join(PARTS)} together and like b_dec, or none of them")
+    if d_new is not None:
         record_parts(transcoder, d_new, parts["b_dec_base"], parts["b_dec_delta"], k_delta)
     return transcoder
 
@@ -142,17 +147,21 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
             names = {info.filename for info in archive.infolist()}
             wanted = {f"{key}.npy" for key in KEYS}
             if names != wanted or len(archive.infolist()) != len(wanted):
-                raise FormatError(f"{path} holds {', '.join(sorted(names))}; expected exactly {', '.join(sorted(wanted))}")
-            arrays = {key: _read_npy(archive, f"{key}.npy", path) for key in KEYS}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as error:
-        raise FormatError(f"{path} is not a whole .npz file ({error}); fetch it again") from None
-    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+                raise FormatError(
+                    f"{path} holds {', '.join(sorted(names))}; expected exactly {', '.join(sorted(wanted))}"
+                )
+            _expect_fit(path, {key: _declared(archive, f"{key}.npy", path) for key in KEYS})
+            tensors = {key: _read_npy(archive, f"{key}.npy") for key in KEYS}
+    except FormatError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy's header parser raise a dozen types
+        raise FormatError(f"{path} is not a whole .npz file ({error}); fetch it again") from error
     _expect_sound(path, tensors)
     return tensors
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    """Read one array, after its header's size was compared with the member's: a zip can claim to hold anything."""
+def _declared(archive: zipfile.ZipFile, name: str, path: Path) -> Tensor:
+    """Return one array's shape and dtype as a tensor without data; a header may claim anything, so compare its size."""
     info = archive.getinfo(name)
     with archive.open(info) as member:
         try:
@@ -161,13 +170,17 @@ def _read_npy(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
             shape, _, dtype = read(member)
         except (ValueError, KeyError) as error:
             raise FormatError(f"{path}: {name} has no readable .npy header ({error})") from None
-        if dtype.kind != "f" or dtype.hasobject:
-            raise FormatError(f"{path}: {name} is of dtype {dtype}; expected a floating-point array")
-        declared = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if declared < 0 or member.tell() + declared != info.file_size:
+        if dtype not in NPY_DTYPES:
+            raise FormatError(f"{path}: {name} is of dtype {dtype.str}; expected a little-endian floating-point array")
+        declared = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
+        if min(shape, default=0) < 0 or member.tell() + declared != info.file_size:
             raise FormatError(f"{path}: {name} declares shape {shape}, {declared} bytes, but holds {info.file_size}")
-    with archive.open(info) as member:
-        return np.ascontiguousarray(np.lib.format.read_array(member, allow_pickle=False))
+    return torch.empty(shape, dtype=NPY_DTYPES[dtype], device="meta")
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(name) as member:
+        return torch.from_numpy(np.ascontiguousarray(np.lib.format.read_array(member, allow_pickle=False)))
 
 
 def _read_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,10 +211,14 @@ def _expect_sound(path: Path, tensors: dict[str, Tensor]) -> None:
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{path}: {name} holds a value that is not finite; the file is damaged")
     if set(KEYS) <= set(tensors):
-        try:
-            check_shapes({key: tensors[key] for key in KEYS})
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}") from None
+        _expect_fit(path, {key: tensors[key] for key in KEYS})
+
+
+def _expect_fit(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        check_shapes(tensors)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
 
 
 def _optional_int(path: Path, metadata: dict[str, str], key: str) -> int | None:

@@ -27,7 +27,12 @@ class Generation(NamedTuple):
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict], batch_size: int, max_new_tokens: int, label: str = "generate"
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[dict],
+    batch_size: int,
+    max_new_tokens: int,
+    label: str = "generate",
 ) -> list[Generation]:
     """Return one greedy Generation a row, in the rows' order; prompts are left-padded and the KV cache is used."""
     prompts = [encode_prompt(tokenizer, row) for row in rows]

@@ -73,7 +73,13 @@ def cell_rows(result: Mapping[str, Mapping[str, Mapping[str, Any]]], d_new: int,
     for layer, subsets in result.items():
         for subset, cells in subsets.items():
             for condition, cell in cells.items():
-                row = {"layer": layer, "subset": subset, "condition": condition, "d_new": d_new, "percentile": percentile}
+                row = {
+                    "layer": layer,
+                    "subset": subset,
+                    "condition": condition,
+                    "d_new": d_new,
+                    "percentile": percentile,
+                }
                 for name, value in cell.items():
                     if name.endswith("_ci95"):
                         low, high = value or (None, None)

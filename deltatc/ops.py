@@ -35,9 +35,7 @@ __all__ = [
     "transcode_stats_ref",
 ]
 
-BASE_IS_FROZEN = (
-    "base requires grad, but is frozen here; pass the trainable part as delta, or detach the base"
-)
+BASE_IS_FROZEN = "base requires grad, but is frozen here; pass the trainable part as delta, or detach the base"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 PLAIN_ELEMENTS = 1 << 26
 """Where a device has no kernel of its own, so few tokens at a time that a dense matrix has at most this many elements."""
@@ -80,9 +78,7 @@ def transcode_stats(
 
     The delta's l0 and l1 do not depend on alpha (also at 0), are 0 without a delta, and NaN in a NaN row.
     """
-    recon, *stats = torch.ops.deltatc.transcode_stats(
-        *_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth)
-    )
+    recon, *stats = torch.ops.deltatc.transcode_stats(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
     return TranscodeStats(recon, *(stat.detach() for stat in stats))
 
 
@@ -134,9 +130,7 @@ def _arguments(
         raise OpError(f"k_delta = {k_delta!r} without a delta; expected None")
     if isinstance(alpha, Tensor):
         if alpha.dim() != 0 or not alpha.is_floating_point() or alpha.device != x.device:
-            raise OpError(
-                f"alpha is {_described(alpha)}; expected a number or a floating-point scalar tensor beside x"
-            )
+            raise OpError(f"alpha is {_described(alpha)}; expected a number or a floating-point scalar tensor beside x")
     elif isinstance(alpha, (int, float)) and math.isfinite(alpha):
         alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
     else:
@@ -148,9 +142,7 @@ def _arguments(
 
 def _check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dim() < 1 or x.dtype not in DTYPES:
-        raise OpError(
-            f"x is {_described(x)}; expected a [..., d_model] tensor of float64, float32 or bfloat16"
-        )
+        raise OpError(f"x is {_described(x)}; expected a [..., d_model] tensor of float64, float32 or bfloat16")
 
 
 def _check_weights(name: str, weights: Weights, x: Tensor) -> None:

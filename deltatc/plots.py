@@ -34,7 +34,10 @@ def plot_heatmaps(
     summary: Mapping[str, Mapping[str, Any]], d_new: Sequence[int], percentiles: Sequence[float], folder: Path
 ) -> None:
     """Draw mean_dce_full and mean_cos_full over the grid of d_new and percentile."""
-    for quantity, label in (("mean_dce_full", "mean added cross entropy, nats a token"), ("mean_cos_full", "mean cosine")):
+    for quantity, label in (
+        ("mean_dce_full", "mean added cross entropy, nats a token"),
+        ("mean_cos_full", "mean cosine"),
+    ):
         figure, axes = _figure(f"base + delta: {label}", "percentile of the base's L0 (higher: denser)", "d_new")
         values = [[summary[config_name(d, p)][quantity] for p in percentiles] for d in d_new]
         image = axes.imshow(values, cmap="viridis", aspect="auto")
@@ -95,7 +98,9 @@ def plot_exp2b(
         for axes, name in zip(all_axes, names, strict=True):
             for layer in result:
                 cells = result[layer][subset]
-                axes.plot([float(a) for a in cells], [cell[name] for cell in cells.values()], "o-", label=f"layer {layer}")
+                axes.plot(
+                    [float(a) for a in cells], [cell[name] for cell in cells.values()], "o-", label=f"layer {layer}"
+                )
             axes.axhline(raw[subset][name], color="black", linestyle="--", linewidth=0.8, label="raw model")
             axes.set_xlabel("alpha")
             axes.set_title("cross entropy, nats a token" if name == "target_ce" else RATE_LABELS[name], fontsize=10)

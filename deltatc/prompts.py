@@ -71,7 +71,7 @@ class Generator:
             b = f"{int(b) + 1}"  # nothing is divided by zero
         if self.random.random() < 0.5:
             return a, b, f"({a}{op}{b}){second}{c}", f"({a} {op} {b}) {second} {c}"
-        if op == "-" and second == "/" or a == b:
+        if (op == "-" and second == "/") or a == b:
             second = "+"
         return a, b, f"{c}{second}({a}{op}{b})", f"{c} {second} ({a} {op} {b})"
 
@@ -82,7 +82,9 @@ class Generator:
         return make_row(text, text, label, f"{label}/{index}", None)
 
     def _fill(self, match: re.Match) -> str:
-        return self._digits(*self.numbers["copy_digits"]) if match[1] == "n" else self.random.choice(self.words[match[1]])
+        return (
+            self._digits(*self.numbers["copy_digits"]) if match[1] == "n" else self.random.choice(self.words[match[1]])
+        )
 
     def _fresh(self, draw: Any) -> tuple:
         for _ in range(1000):

@@ -43,8 +43,12 @@ def summarize(layers: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def headline(
-    finetune: Mapping[str, Any], site_check: Mapping[str, Any], exp1: Mapping[str, Any], quarter: Mapping[str, Any] | None,
-    exp2a: Mapping[str, Any], energy: Mapping[str, Any],
+    finetune: Mapping[str, Any],
+    site_check: Mapping[str, Any],
+    exp1: Mapping[str, Any],
+    quarter: Mapping[str, Any] | None,
+    exp2a: Mapping[str, Any],
+    energy: Mapping[str, Any],
 ) -> dict[str, float | None]:
     """Return the few numbers that `dvc metrics` shows: the finetune, the bases, the studied deltas, the interventions.
 
@@ -179,8 +183,14 @@ def _site_table(site_check: Mapping[str, Any]) -> str:
 
 
 def _energy_table(energy: Mapping[str, Any]) -> str:
-    rows = [[layer, l0, e["finetune"], e["base_error"], e["target"]] for layer, by in energy.items() for l0, e in by.items()]
-    return table(["layer", "base L0", "finetune", "base error", "target"], rows) if rows else "(ready deltas: not measured)"
+    rows = [
+        [layer, l0, e["finetune"], e["base_error"], e["target"]] for layer, by in energy.items() for l0, e in by.items()
+    ]
+    return (
+        table(["layer", "base L0", "finetune", "base error", "target"], rows)
+        if rows
+        else "(ready deltas: not measured)"
+    )
 
 
 def _cells_table(result: Mapping[str, Any], names: tuple[str, ...]) -> str:

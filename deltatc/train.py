@@ -5,6 +5,7 @@ BatchTopK: Bussmann, Leask & Nanda 2024, arXiv 2412.06410. The auxiliary loss fo
 arXiv 2406.04093, section A.2.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,7 +95,13 @@ class CoderTrainer:
         weights = self.export(x)
         acts = _jumprelu(x @ weights.W_enc + weights.b_enc, weights.threshold)
         error = target - (acts @ weights.W_dec + weights.b_dec)
-        fvu = (error.double().pow(2).sum() / (target - target.mean(0)).double().pow(2).sum()).item()
+        variance = (target - target.mean(0)).double().pow(2).sum().clamp_min(1e-300)  # a target may be all zero
+        fvu = (error.double().pow(2).sum() / variance).item()
+        if not math.isfinite(fvu):
+            raise DataError(
+                f"the delta's validation FVU is {fvu} at step {self.n_done}; activations must be finite: lower "
+                "delta.lr or use dtype float32"
+            )
         line = LogLine(
             step=self.n_done,
             loss=torch.stack(self.losses).mean().item() if self.losses else float("nan"),

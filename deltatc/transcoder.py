@@ -85,7 +85,12 @@ class Transcoder(nn.Module):
         return ops.transcode(x.to(self.W_enc.dtype), self.weights, k_base=self.k).to(x.dtype)
 
     def stats(self, x: Tensor) -> ops.TranscodeStats:
-        """Return recon with l0 and l1 (sum of |acts|) of the latents, a number a token; the delta's are 0."""
+        """Return recon with l0 and l1 (sum of |acts|) of the latents, a number a token; the delta's are 0.
+
+        Only where base and delta pick their k largest apart are they also counted apart.
+        """
+        if self._selects_apart:
+            return self.unfuse()[1].stats(x)
         found = ops.transcode_stats(x.to(self.W_enc.dtype), self.weights, k_base=self.k)
         return found._replace(recon=found.recon.to(x.dtype))
 
@@ -98,7 +103,7 @@ class Transcoder(nn.Module):
             )
         n = self.d_sae - self.d_new
         base = Transcoder(
-            self.W_enc[:, :n], self.b_enc[:n], self.W_dec[:n], self.b_dec_base, self.threshold[:n],
+            *(t.clone() for t in (self.W_enc[:, :n], self.b_enc[:n], self.W_dec[:n], self.b_dec_base, self.threshold[:n])),
             site=self.site, k=self.k, metadata=self.metadata,
         )  # fmt: skip
         delta = DeltaTranscoder(base, self.d_new, k=self.k_delta)

@@ -29,14 +29,18 @@ def main() -> None:
     }
     needed = {layer: sorted({job.base_l0 for key, job in jobs.items() if key.layer == layer}) for layer in layers}
     bases = {
-        layer: {l0: load_transcoder(found[layer][l0], params.transcoders.site).to(params.device) for l0 in needed[layer]}
+        layer: {
+            l0: load_transcoder(found[layer][l0], params.transcoders.site).to(params.device) for l0 in needed[layer]
+        }
         for layer in layers
     }
     metrics: dict = {"configurations": {}, "energy": {}}
     log = []
     if settings.load_from is not None:
         deltas = {
-            key: load_delta(f"{settings.load_from}/{key.config}/layer_{key.layer}.safetensors", bases[key.layer][job.base_l0])
+            key: load_delta(
+                f"{settings.load_from}/{key.config}/layer_{key.layer}.safetensors", bases[key.layer][job.base_l0]
+            )
             for key, job in jobs.items()
         }
     else:

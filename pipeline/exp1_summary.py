@@ -10,9 +10,7 @@ from deltatc.report import summarize
 
 def main() -> None:
     params = load_params()
-    summary = {
-        name: summarize(read_json(METRICS / "exp1" / f"{name}.json")) for name, *_ in configurations(params)
-    }
+    summary = {name: summarize(read_json(METRICS / "exp1" / f"{name}.json")) for name, *_ in configurations(params)}
     write_json(METRICS / "exp1_summary.json", summary)
     plot_heatmaps(summary, params.delta.d_new, params.delta.percentiles, PLOTS / "exp1_summary")
 

@@ -32,7 +32,14 @@ def main() -> None:
             for subset, rows in subsets.items():
                 for condition, alpha in CONDITIONS[group == "raw"].items():
                     cell, found = run_condition(
-                        model, tokenizer, rows, transcoders, alpha, params.batch_size, settings.max_new_tokens, condition
+                        model,
+                        tokenizer,
+                        rows,
+                        transcoders,
+                        alpha,
+                        params.batch_size,
+                        settings.max_new_tokens,
+                        condition,
                     )
                     save_generations(EXP2A / f"layer_{group}_{subset}_{condition}.jsonl", condition, rows, found)
                     result[group][subset][condition] = cell

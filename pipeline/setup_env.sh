@@ -93,14 +93,14 @@ attempt() {
     case $output in
         *"No space left on device"* | *"Disk quota exceeded"*)
             stop "$what: the disk is full; free some space here and under ${TMPDIR:-/tmp}, and run make again" ;;
-        *"after connection broken by"*)
+        *"after connection broken by"* | *"Read timed out"*)
             stop "$what: the package index cannot be reached; check the network and the proxy settings, and run make again" ;;
         *"failed to pull data from the cloud"*)
             stop "$what: .dvc/embedded does not hold all of its files; take a complete clone and run make again" ;;
     esac
     mkdir -p .venv && printf '%s\n' "$output" >.venv/setup.log
     # A compiler's own message names the line; what pip and setuptools say about it does not.
-    reason=$(grep -m1 -E '^ *csrc/.* error: ' .venv/setup.log || grep -m1 -iE '\berror: ' .venv/setup.log)
+    reason=$(grep -m1 -oE 'csrc/.* error: .*' .venv/setup.log || grep -m1 -oiE '\berror: .*' .venv/setup.log)
     stop "$what failed: ${reason:-no reason was given}; see .venv/setup.log"
 }
 

@@ -41,7 +41,9 @@ def tiny_gemma2(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     return load_model(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def random_transcoder(seed: int, d_model: int = D_MODEL, d_sae: int = 40, dtype: torch.dtype = torch.float32) -> Transcoder:
+def random_transcoder(
+    seed: int, d_model: int = D_MODEL, d_sae: int = 40, dtype: torch.dtype = torch.float32
+) -> Transcoder:
     """Return a transcoder with about half of its latents active on unit-RMS input."""
     draw = torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,6 @@
 """The calculator against Python's fractions, and against input that wants to hurt.
 
-    pytest tests/test_calculator.py
+pytest tests/test_calculator.py
 """
 
 import random

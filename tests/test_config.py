@@ -1,6 +1,6 @@
 """params.yaml: every mistake names its key.
 
-    pytest tests/test_config.py
+pytest tests/test_config.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Metrics against independent computations: Hugging Face row by row, numpy on whole arrays, known intervals.
 
-    pytest tests/test_evaluate.py
+pytest tests/test_evaluate.py
 """
 
 import numpy as np
@@ -66,7 +66,11 @@ def test_encoding_masks_exactly_target_and_eos(gemma):
     _, tokenizer = gemma
     for row in ROWS:
         ids, n_prompt = encode_row(tokenizer, row)
-        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert (
+            ids.count(tokenizer.bos_token_id) == 1
+            and ids[0] == tokenizer.bos_token_id
+            and ids[-1] == tokenizer.eos_token_id
+        )
         assert tokenizer.decode(ids[n_prompt:-1]) == row["target"]
         assert ids[:n_prompt] == encode_prompt(tokenizer, row).ids
     assert encode_row(tokenizer, ROWS[0], max_tokens=5) is None
@@ -110,7 +114,9 @@ def test_exp1_metrics_equal_numpy_on_whole_arrays(gemma, delta):
         assert found["l0_base"] == pytest.approx((delta.base.encode(x) > 0).double().sum(-1).mean().item())
         with replace_mlp(model, {1: transcoder}):
             assert found["ce"] == pytest.approx(ce_by_hand(model, tokenizer, ROWS), rel=1e-4)
-    assert sums[Condition(1, "d8")].means()["l0_delta"] == pytest.approx((delta.encode_delta(x) > 0).double().sum(-1).mean().item())
+    assert sums[Condition(1, "d8")].means()["l0_delta"] == pytest.approx(
+        (delta.encode_delta(x) > 0).double().sum(-1).mean().item()
+    )
     assert raw.means()["ce"] == pytest.approx(ce_by_hand(model, tokenizer, ROWS), rel=1e-5) and raw.means()["kl"] == 0
     assert sums[Condition(1, "d8")].kl > 0
 
@@ -127,7 +133,9 @@ def test_exp1_row_and_summary():
     assert summary["max_dce_full"] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("hits", "n", "low", "high"), [(20, 20, 0.8389, 1.0), (10, 20, 0.2993, 0.7007), (0, 50, 0.0, 0.0713)])
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"), [(20, 20, 0.8389, 1.0), (10, 20, 0.2993, 0.7007), (0, 50, 0.0, 0.0713)]
+)
 def test_wilson_intervals(hits, n, low, high):
     assert wilson(hits, n) == pytest.approx([low, high], abs=1e-4)
 
@@ -135,7 +143,13 @@ def test_wilson_intervals(hits, n, low, high):
 def test_rates_count_what_they_say():
     call = "<tool_call>calculator(1+1)</tool_call>"
     row, copy = {"target": call, "expr": "1+1"}, {"target": "hi", "expr": None}
-    texts = [(call, True), (call, False), ("<tool_call>x", True), (f"so: {call}", True), ("<tool_call>calculator(3-1)</tool_call>", True)]
+    texts = [
+        (call, True),
+        (call, False),
+        ("<tool_call>x", True),
+        (f"so: {call}", True),
+        ("<tool_call>calculator(3-1)</tool_call>", True),
+    ]
     found = rates([row] * 5, [Generation(*text) for text in texts])
     assert (found["tool_call_rate"], found["valid_tool_format_rate"], found["math_correct_rate"], found["exact_match_rate"]) == (
         0.8, 0.4, 0.4, 0.2)  # fmt: skip
@@ -206,5 +220,9 @@ def test_headline_leaves_out_what_was_not_measured():
     row = exp1_row(2.0, dict.fromkeys(("ce", "kl", "cos", "rel_l2_error", "fvu", "l0_base", "l0_delta"), 3.0),
                    dict.fromkeys(("ce", "kl", "cos", "rel_l2_error", "fvu", "l0_base", "l0_delta"), 2.1), 12)  # fmt: skip
     numbers = headline({}, {"0": {"12": {"fvu": 0.2}}}, {"0": row}, None, {}, {})
-    assert None not in numbers.values() and "tool_call_rate" not in numbers and numbers["gap_closed_min"] == pytest.approx(0.9)
+    assert (
+        None not in numbers.values()
+        and "tool_call_rate" not in numbers
+        and numbers["gap_closed_min"] == pytest.approx(0.9)
+    )
     assert table(["a"], [[None], [0.5], [[0.1, 0.2]]]).splitlines()[2:] == ["| - |", "| 0.500 |", "| 0.10-0.20 |"]

@@ -1,6 +1,6 @@
 """Small files: written whole or not at all, read strictly.
 
-    pytest tests/test_files.py
+pytest tests/test_files.py
 """
 
 import pytest
@@ -32,7 +32,7 @@ def test_a_byte_order_mark_and_a_missing_file_are_refused(tmp_path):
 
 
 def test_round_trips(tmp_path):
-    rows = [{"text": "ä\n\"quote\" ✓", "n": 1.5}, {}]
+    rows = [{"text": 'ä\n"quote" ✓', "n": 1.5}, {}]
     write_jsonl(tmp_path / "deep/rows.jsonl", rows)
     write_json(tmp_path / "one.json", {"rows": rows})
     assert read_jsonl(tmp_path / "deep/rows.jsonl") == rows and read_json(tmp_path / "one.json") == {"rows": rows}

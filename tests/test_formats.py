@@ -1,6 +1,6 @@
 """Transcoder files: lossless round trips, and hostile files refused by name.
 
-    pytest tests/test_formats.py
+pytest tests/test_formats.py
 """
 
 import io
@@ -23,7 +23,13 @@ def same(a, b):
 
 def arrays(d_model=4, d_sae=6):
     draw = np.random.default_rng(0)
-    shapes = {"W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,), "threshold": (d_sae,)}
+    shapes = {
+        "W_enc": (d_model, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_model),
+        "b_dec": (d_model,),
+        "threshold": (d_sae,),
+    }
     return {key: draw.random(shape).astype(np.float32) for key, shape in shapes.items()}
 
 
@@ -99,7 +105,9 @@ def hostile():
     with zipfile.ZipFile(lying, "w", zipfile.ZIP_DEFLATED) as archive:
         for key in KEYS:
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)})
+            np.lib.format.write_array_header_1_0(
+                header, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
+            )
             archive.writestr(f"{key}.npy", header.getvalue())
     saved = io.BytesIO()
     np.savez(saved, **good)
@@ -117,7 +125,9 @@ def hostile():
     yield "no zip", b"\x00" * 100, "not a whole .npz"
 
 
-@pytest.mark.parametrize(("name", "content", "message"), list(hostile()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "content", "message"), list(hostile()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_hostile_npz_files_are_refused(tmp_path, name, content, message):
     path = tmp_path / "params.npz"
     if isinstance(content, bytes):

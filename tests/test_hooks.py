@@ -1,6 +1,6 @@
 """capture_mlp and replace_mlp against Hugging Face: independent hooks, KV cache, padding, TransformerBridge.
 
-    pytest tests/test_hooks.py
+pytest tests/test_hooks.py
 """
 
 import pytest
@@ -194,7 +194,11 @@ def test_transformer_bridge_generates_what_hugging_face_does(gemma, delta, tmp_p
 def test_results_do_not_depend_on_batch_or_padding_side(gemma, delta):
     model, tokenizer = gemma
     found = {}
-    for name, groups, side in (("right", [TEXTS], "right"), ("left", [TEXTS], "left"), ("one", [[t] for t in TEXTS], "left")):
+    for name, groups, side in (
+        ("right", [TEXTS], "right"),
+        ("left", [TEXTS], "left"),
+        ("one", [[t] for t in TEXTS], "left"),
+    ):
         with torch.no_grad(), replace_mlp(model, {0: delta, 1: delta}, collect_stats=True) as stats:
             logits = []
             for texts in groups:
@@ -278,7 +282,9 @@ def test_bad_arguments_are_refused_before_any_hook(gemma, delta):
 def test_the_original_systems_site_scales_both_ways(gemma):
     model, tokenizer = gemma
     base = random_transcoder(0)
-    old = Transcoder(*(getattr(base, k) for k in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")), site="resid_mid_over_sqrt_d")
+    old = Transcoder(
+        *(getattr(base, k) for k in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")), site="resid_mid_over_sqrt_d"
+    )
     batch = tokens(tokenizer, TEXTS[:1])
     with torch.no_grad(), capture_mlp(model, [1]) as captured:
         model(**batch)

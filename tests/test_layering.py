@@ -1,6 +1,6 @@
 """The architecture as a test: imports point one way, dangerous calls do not occur, the library does not print.
 
-    pytest tests/test_layering.py
+pytest tests/test_layering.py
 """
 
 import ast
@@ -50,9 +50,13 @@ def test_nothing_executes_what_it_reads(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in FORBIDDEN_CALLS and name not in ("torch.load", "yaml.load", "os.system"), f"{path}:{node.lineno}"
+            assert name not in FORBIDDEN_CALLS and name not in ("torch.load", "yaml.load", "os.system"), (
+                f"{path}:{node.lineno}"
+            )
             for keyword in node.keywords:
-                assert keyword.arg not in FORBIDDEN_ARGUMENTS or ast.unparse(keyword.value) == "False", f"{path}:{node.lineno}"
+                assert keyword.arg not in FORBIDDEN_ARGUMENTS or ast.unparse(keyword.value) == "False", (
+                    f"{path}:{node.lineno}"
+                )
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not FORBIDDEN_MODULES & {name.split(".")[0] for name in names}, f"{path}:{node.lineno}"

@@ -29,9 +29,7 @@ def assert_close(got, oracle, baseline=None, factor=None):
     assert error <= backstop * max(scale, 1.0), f"error {error:.3g}, largest value {scale:.3g}"
     if baseline is not None and usual is not None:
         eager = np.abs(baseline.double().numpy() - oracle).max()
-        assert error <= (factor or usual) * eager + floor * scale, (
-            f"error {error:.3g}, eager twin's {eager:.3g}"
-        )
+        assert error <= (factor or usual) * eager + floor * scale, f"error {error:.3g}, eager twin's {eager:.3g}"
 
 
 def numpy_part(x, part, k):
@@ -91,9 +89,7 @@ def make_part(d_model, width, x, fraction, seed, layout="contiguous"):
 
 
 def make_case(tokens, d_model, width, d_new, fraction, dtype, layout="contiguous", seed=0):
-    x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed + 1), dtype=FLOAT64).to(
-        dtype
-    )
+    x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed + 1), dtype=FLOAT64).to(dtype)
     if layout == "sliced":
         x = torch.cat([x, x + 5], dim=-1)[:, :d_model]
     elif layout == "transposed":
@@ -276,9 +272,7 @@ def test_a_row_depends_on_nothing_but_itself(dtype, ks, tokens):
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5))
     assert torch.equal(transcode(x[order], base, delta, 0.5, *ks), whole[order])
     assert torch.equal(torch.cat([transcode(row, base, delta, 0.5, *ks)[None] for row in x]), whole)
-    assert torch.equal(
-        transcode(x.view(1, tokens, 1, 48), base, delta, 0.5, *ks), whole.view(1, tokens, 1, 48)
-    )
+    assert torch.equal(transcode(x.view(1, tokens, 1, 48), base, delta, 0.5, *ks), whole.view(1, tokens, 1, 48))
 
 
 def test_threads_do_not_change_a_bit():
@@ -451,7 +445,9 @@ def test_plain_definition_for_devices_without_a_kernel_equals_the_kernel(shape, 
     monkeypatch.setattr(ops, "PLAIN_ELEMENTS", 64)  # so that several chunks are needed
     draw = torch.Generator().manual_seed(0)
     base, delta = (
-        ops.Weights(*(torch.randn(size, generator=draw, dtype=torch.float64) for size in ((8, n), (n,), (n,), (n, 8), (8,))))
+        ops.Weights(
+            *(torch.randn(size, generator=draw, dtype=torch.float64) for size in ((8, n), (n,), (n,), (n, 8), (8,)))
+        )
         for n in (30, 5)
     )
     x = torch.randn(shape, generator=draw, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """The pipeline for real, at a minute's size: `dvc repro` twice in a folder with a space, and the full-scale layout.
 
-    pytest tests/test_pipeline.py
+pytest tests/test_pipeline.py
 """
 
 import json
@@ -33,9 +33,13 @@ SMALL = {
 
 def workspace(folder: Path, params: dict) -> Path:
     """Copy what git would clone, embedded data and models included, with smaller params."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in names.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith((".dvc/embedded", "plots/", "metrics/", "report/", "dvc.lock")):
+        if (ROOT / name).is_file() and not name.startswith(
+            (".dvc/embedded", "plots/", "metrics/", "report/", "dvc.lock")
+        ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name in ("data", "models"):
@@ -119,7 +123,9 @@ def check_outputs(folder: Path, params, n_layers: int) -> None:
     read = lambda name: json.loads((folder / "metrics" / name).read_text())  # noqa: E731
     layers = [str(layer) for layer in range(n_layers)]
     for subset, cell in read("finetune.json").items():
-        assert {"tool_call_rate", "valid_tool_format_rate", "math_correct_rate", "tool_call_rate_ci95", "n"} <= set(cell)
+        assert {"tool_call_rate", "valid_tool_format_rate", "math_correct_rate", "tool_call_rate_ci95", "n"} <= set(
+            cell
+        )
         assert (cell["math_correct_rate"] is None) == subset.startswith("copy")
     for choices in read("site_check.json").values():
         for found in choices.values():

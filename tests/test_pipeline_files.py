@@ -1,6 +1,6 @@
 """dvc.yaml, params.yaml and the stage scripts agree with each other.
 
-    pytest tests/test_pipeline_files.py
+pytest tests/test_pipeline_files.py
 """
 
 import ast

@@ -1,6 +1,6 @@
 """Prompts: splits that share nothing, and external data taken as it is.
 
-    pytest tests/test_prompts.py
+pytest tests/test_prompts.py
 """
 
 import json
@@ -100,9 +100,11 @@ def test_external_rows_keep_their_labels_and_lose_their_overlaps(tmp_path):
     evaluated = {row["input"] for row in prompted.rows["eval"]}
     for split, rows in prompted.rows.items():
         assert split == "eval" or not evaluated & {row["input"] for row in rows}
-    assert prompted.dropped["delta_train row already in eval"] + prompted.dropped.get(
-        "delta_validation row already in eval", 0
-    ) == 1
+    assert (
+        prompted.dropped["delta_train row already in eval"]
+        + prompted.dropped.get("delta_validation row already in eval", 0)
+        == 1
+    )
     assert prompted.rows["eval"][0]["expr"] == "0+1"
 
 
@@ -139,6 +141,8 @@ def test_the_original_systems_files_and_gsm8k(shared_data, tmp_path):
     assert found == {"tool": 20, "copy": 20, "tool_gsm8k": 60}
     evaluated = {row["input"] for row in prompted.rows["eval"]}
     assert not evaluated & {row["input"] for row in prompted.rows["finetune_train"]}
-    assert prompted.dropped["finetune_train row already in eval"] + prompted.dropped.get(
-        "finetune_validation row already in eval", 0
-    ) == 20  # every copy row of its evaluation file was in its training file
+    assert (
+        prompted.dropped["finetune_train row already in eval"]
+        + prompted.dropped.get("finetune_validation row already in eval", 0)
+        == 20
+    )  # every copy row of its evaluation file was in its training file

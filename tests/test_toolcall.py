@@ -1,6 +1,6 @@
 """The tool-call grammar: what counts as a call, and what only looks like one.
 
-    pytest tests/test_toolcall.py
+pytest tests/test_toolcall.py
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Training of coders and deltas: BatchTopK by its definition, planted structure found, seeds, freezing, grids.
 
-    pytest tests/test_train.py
+pytest tests/test_train.py
 """
 
 from dataclasses import replace
@@ -120,13 +120,18 @@ def study(tmp_path_factory):
 
 def run(study, jobs, settings=SETTINGS):
     model, base_model, tokenizer, sequences, bases = study
-    return train_deltas(model, base_model, bases, jobs, sequences[:60], sequences[60:], settings, 16, tokenizer.pad_token_id)
+    return train_deltas(
+        model, base_model, bases, jobs, sequences[:60], sequences[60:], settings, 16, tokenizer.pad_token_id
+    )
 
 
 def test_harvest_equals_one_text_at_a_time(study):
     model, base_model, tokenizer, sequences, _ = study
     found = harvest(model, sequences[:5], [1], 2, tokenizer.pad_token_id, base_model)[1]
-    single = [harvest(model, [s], [1], 1, tokenizer.pad_token_id, base_model)[1] for s in sorted(sequences[:5], key=lambda s: len(s.ids))]
+    single = [
+        harvest(model, [s], [1], 1, tokenizer.pad_token_id, base_model)[1]
+        for s in sorted(sequences[:5], key=lambda s: len(s.ids))
+    ]
     for kind in range(3):
         torch.testing.assert_close(found[kind], torch.cat([part[kind] for part in single]), rtol=1e-4, atol=1e-4)
     assert found.mlp_out.shape == (sum(len(s.ids) - 1 for s in sequences[:5]), 32)
@@ -175,7 +180,9 @@ def test_attention_only_lora_leaves_every_mlp_and_merging_changes_no_logits(tmp_
     rows = [{"input": f"a{i}", "target": f"b{i}", "expr": None, "label": "copy"} for i in range(16)]
     rows += [{"input": f"{i}+1", "target": "<tool_call>", "expr": f"{i}+1", "label": "tool"} for i in range(16)]
     base = load_model(tmp_path)
-    merged, history = finetune(load_model(tmp_path), tokenizer, rows, rows, replace(settings, target_modules="attention"), 8, 0)
+    merged, history = finetune(
+        load_model(tmp_path), tokenizer, rows, rows, replace(settings, target_modules="attention"), 8, 0
+    )
     assert mlp_change(merged, base) == [0.0, 0.0, 0.0] and "no MLP projection" in caplog.text and len(history) == 1
     merged, _ = finetune(load_model(tmp_path), tokenizer, rows, rows, settings, 8, 0)
     assert min(mlp_change(merged, base)) > 0

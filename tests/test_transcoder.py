@@ -1,6 +1,6 @@
 """Transcoder, DeltaTranscoder and fuse against float64 numpy, and the algebra between them.
 
-    pytest tests/test_transcoder.py
+pytest tests/test_transcoder.py
 """
 
 import numpy as np

@@ -36,7 +36,9 @@ def train_base_transcoders(corpus: Corpus, folder: Path, seed: int) -> None:
         for part, n in ((texts, N_TOKENS), (held_out, N_VALIDATION_TOKENS))
     )  # fmt: skip
     for layer, l0 in tqdm([(layer, l0) for layer in layers for l0 in L0S], desc="base transcoders", disable=None):
-        x, x_check = (transcoder_input(model, layer, DEFAULT_SITE, part[layer].resid_mid).clone() for part in (train, check))
+        x, x_check = (
+            transcoder_input(model, layer, DEFAULT_SITE, part[layer].resid_mid).clone() for part in (train, check)
+        )
         y, y_check = train[layer].mlp_out.clone(), check[layer].mlp_out.clone()
         trainer = CoderTrainer(Recipe(D_SAE, l0, N_STEPS, LR, N_STEPS // 4, N_STEPS, seed + layer), x.shape[1])
         order, queue = torch.Generator().manual_seed(seed + layer), torch.empty(0, dtype=torch.long)
@@ -51,4 +53,6 @@ def train_base_transcoders(corpus: Corpus, folder: Path, seed: int) -> None:
         assert best is not None
         name = f"average_l0_{round(trainer.log[-1].l0)}"
         transcoder = Transcoder(best.W_enc, best.b_enc, best.W_dec, best.b_dec, best.threshold)
-        save_transcoder(transcoder, folder / "tiny-transcoders" / f"layer_{layer}" / f"width_{WIDTH}" / name / "params.npz")
+        save_transcoder(
+            transcoder, folder / "tiny-transcoders" / f"layer_{layer}" / f"width_{WIDTH}" / name / "params.npz"
+        )

@@ -43,16 +43,17 @@ class Corpus:
         return self._document(draw, self.held_paragraphs)
 
     def plain_expression(self, draw: random.Random) -> dict:
-        """Draw a row for the gate: two whole numbers in a phrase, to be written as an expression on the next line."""
+        """Draw a row for the gate: two whole numbers in a phrase, then a link, and the expression to be written."""
         a, b, op = _number(draw), _number(draw), draw.choice("+-*/")
         sign = op if draw.random() < 0.5 else draw.choice(SPOKEN[op])
-        return {"input": f"{self._words(draw, draw.randint(0, 5))} {a} {sign} {b}".strip(), "target": f"{a}{op}{b}"}
+        phrase = f"{self._words(draw, draw.randint(0, 5))} {a} {sign} {b}".strip()
+        return {"prompt": phrase + draw.choice([" = ", ": ", " can be written "]), "target": f"{a}{op}{b}"}
 
     def plain_copy(self, draw: random.Random) -> dict:
         """Draw a row for the gate: words and whole numbers, to be repeated on the next line."""
         n = draw.randint(3, 8)
         text = " ".join(_number(draw) if draw.random() < 0.25 else draw.choice(self.words) for _ in range(n))
-        return {"input": text, "target": text}
+        return {"prompt": text + "\n", "target": text}
 
     def _document(self, draw: random.Random, paragraphs: list[str]) -> str:
         kind = draw.random()

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from deltatc.errors import DataError
 from deltatc.files import write_jsonl
 from deltatc.models import save_model
-from deltatc.text import encode_row
 from pipeline.bootstrap.corpus import Corpus
 
 VOCABULARY = 1024
@@ -39,7 +38,9 @@ def pretrain(corpus: Corpus, folder: Path, seed: int) -> None:
         accuracy = exact_match(model, tokenizer, [example(check) for _ in range(N_GATE)])
         print(f"{kind} accuracy {accuracy:.3f}")
         if accuracy < GATE:
-            raise DataError(f"{kind} accuracy after pretraining is {accuracy:.3f}; expected {GATE} or more: train longer")
+            raise DataError(
+                f"{kind} accuracy after pretraining is {accuracy:.3f}; expected {GATE} or more: train longer"
+            )
     save_model(model, tokenizer, folder / "tiny")
     held_out = [{"text": corpus.held_out(check)} for _ in range(N_HELD_OUT)]
     write_jsonl(folder / "tiny-text" / "heldout.jsonl", held_out)
@@ -127,11 +128,14 @@ def muon_step(parameter: Tensor, momentum: Tensor, lr: float) -> None:
 
 
 def exact_match(model: nn.Module, tokenizer: Any, rows: list[dict]) -> float:
-    """Return the share of rows whose every target token, EOS aside, is the model's most likely one."""
+    """Return the share of rows whose every target token is the model's most likely one."""
     right = 0
     for row in rows:
-        ids, n_prompt = encode_row(tokenizer, row)
+        text, start = row["prompt"] + row["target"], len(row["prompt"])
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        n_prompt = 1 + sum(end <= start for _, end in found["offset_mapping"])
+        ids = [tokenizer.bos_token_id, *found["input_ids"]]
         with torch.inference_mode():
             guesses = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1)
-        right += guesses[n_prompt - 1 : -2].tolist() == ids[n_prompt:-1]
+        right += guesses[n_prompt - 1 : -1].tolist() == ids[n_prompt:]
     return right / len(rows)
