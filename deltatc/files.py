@@ -46,16 +46,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused (they are not JSON)."""
-    try:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
-    except ValueError as error:
-        raise DataError(f"{path}: a number to be written is not finite ({error}); nothing was written") from None
-    write_text(path, text + "\n")
+    write_text(path, _to_json(value, path, indent=2) + "\n")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON object a line; NaN and infinities are refused (they are not JSON)."""
+    write_text(path, "".join(_to_json(row, path) + "\n" for row in rows))
 
 
 def write_csv(path: str | Path, rows: Iterable[dict], columns: Sequence[str]) -> None:
@@ -123,6 +119,13 @@ def check_manifest(folder: str | Path, path: str | Path) -> None:
                 f"{file} has {found} bytes, {path} says {entry['bytes']}; fetch the file again, or write the manifest "
                 f"anew with `deltatc manifest {folder} {path}`"
             )
+
+
+def _to_json(value: Any, path: str | Path, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise DataError(f"{path}: a number to be written is not finite ({error}); nothing was written") from None
 
 
 def _read_utf8(path: str | Path) -> str:

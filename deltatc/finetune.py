@@ -76,8 +76,8 @@ def finetune(
             loss = _loss(peft_model, pad([sequences[i] for i in next(groups)], tokenizer.pad_token_id, "right"))
             (loss / settings.accumulate).backward()
             losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DataError(f"the finetune's loss is {losses[-1]} at step {step}; lower finetune.lr")
+            if not math.isfinite(losses[-1]):
+                raise DataError(f"the finetune's loss is {losses[-1]} at step {step}; lower finetune.lr")
         torch.nn.utils.clip_grad_norm_(trainable, settings.clip_norm)
         adam.step()
         adam.zero_grad(set_to_none=True)

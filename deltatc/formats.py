@@ -4,6 +4,7 @@ Files come from other people: nothing is unpickled, shapes and sizes are checked
 be finite. Model checkpoints are models.py's business.
 """
 
+import json
 import math
 import re
 import zipfile
@@ -23,7 +24,7 @@ from deltatc.transcoder import KEYS, DeltaTranscoder, Transcoder, check_shapes, 
 FORMAT = "deltatc.transcoder.1"
 FORMAT_DELTA = "deltatc.delta.1"
 PARTS = ("b_dec_base", "b_dec_delta")
-NPY_DTYPES = {np.dtype(np.float16): torch.float16, np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+NPY_DTYPES = {np.dtype("<f4"): torch.float32, np.dtype("<f8"): torch.float64}
 
 
 def load_transcoder(path: str | Path, site: str = DEFAULT_SITE) -> Transcoder:
@@ -37,7 +38,6 @@ def load_transcoder(path: str | Path, site: str = DEFAULT_SITE) -> Transcoder:
     tensors, metadata = _read_safetensors(file, FORMAT)
     parts = {name: tensors.pop(name) for name in PARTS if name in tensors}
     k, k_delta = (_optional_int(file, metadata, key) for key in ("k", "k_delta"))
-    _expect_keys(file, tensors)
     extra = {key[5:]: value for key, value in metadata.items() if key.startswith("user.")}
     transcoder = Transcoder(**tensors, site=metadata.get("site", DEFAULT_SITE), k=k, metadata=extra)
     d_new = _optional_int(file, metadata, "d_new")
@@ -88,10 +88,7 @@ def load_delta(path: str | Path, base: Transcoder) -> DeltaTranscoder:
     _expect_keys(path, tensors)
     if metadata.get("site") != base.site:
         raise FormatError(f"{path} was trained at site {metadata.get('site')!r}; expected the base's {base.site!r}")
-    try:
-        check_shapes(tensors, d_model=base.d_model)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
+    _expect_fit(path, tensors, base.d_model)
     delta = DeltaTranscoder(base, tensors["W_enc"].shape[1], k=_optional_int(path, metadata, "k"))
     delta.set_delta(**tensors)
     return delta
@@ -161,7 +158,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _declared(archive: zipfile.ZipFile, name: str, path: Path) -> Tensor:
-    """Return one array's shape and dtype as a tensor without data; a header may claim anything, so compare its size."""
+    """Return one array's shape and dtype, as a tensor without data; a header that lies about its size is refused."""
     info = archive.getinfo(name)
     with archive.open(info) as member:
         try:
@@ -171,7 +168,7 @@ def _declared(archive: zipfile.ZipFile, name: str, path: Path) -> Tensor:
         except (ValueError, KeyError) as error:
             raise FormatError(f"{path}: {name} has no readable .npy header ({error})") from None
         if dtype not in NPY_DTYPES:
-            raise FormatError(f"{path}: {name} is of dtype {dtype.str}; expected a little-endian floating-point array")
+            raise FormatError(f"{path}: {name} is of dtype {dtype}; expected <f4 or <f8 (float32, float64)")
         declared = math.prod(shape) * dtype.itemsize  # Python's integers do not overflow
         if min(shape, default=0) < 0 or member.tell() + declared != info.file_size:
             raise FormatError(f"{path}: {name} declares shape {shape}, {declared} bytes, but holds {info.file_size}")
@@ -199,6 +196,19 @@ def _read_safetensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[st
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], kind: str) -> None:
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"format": kind} | metadata)
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the header's metadata in place: safetensors writes it in random order, and DVC compares bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(ordered) == size
+        file.seek(8)
+        file.write(ordered)
 
 
 def _expect_keys(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -207,16 +217,16 @@ def _expect_keys(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _expect_sound(path: Path, tensors: dict[str, Tensor]) -> None:
+    _expect_keys(path, {name: tensor for name, tensor in tensors.items() if name not in PARTS})
+    _expect_fit(path, {key: tensors[key] for key in KEYS})
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise FormatError(f"{path}: {name} holds a value that is not finite; the file is damaged")
-    if set(KEYS) <= set(tensors):
-        _expect_fit(path, {key: tensors[key] for key in KEYS})
 
 
-def _expect_fit(path: Path, tensors: dict[str, Tensor]) -> None:
+def _expect_fit(path: Path, tensors: dict[str, Tensor], d_model: int | None = None) -> None:
     try:
-        check_shapes(tensors)
+        check_shapes(tensors, d_model)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
 

@@ -226,6 +226,11 @@ def find_positions(
             "the attention_mask is not of shape [batch, position], so padding cannot be known; pass the tokenizer's "
             "mask and a dynamic KV cache (a static cache makes masks of its own)"
         )
+    elif attention_mask.shape != (batch, n_past + length):
+        raise PositionError(
+            f"the attention_mask is of shape {list(attention_mask.shape)}; expected [{batch}, {n_past + length}]: one "
+            f"column for each of the {n_past} cached positions and the {length} of this call"
+        )
     else:
         real = attention_mask.to(given.device).bool()
     position = (real.long().cumsum(-1) - 1)[:, -length:]

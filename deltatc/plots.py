@@ -83,7 +83,7 @@ def plot_exp2a(result: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Pa
             axes.set_xticks(range(len(layers)), layers)
             axes.set_xlabel("layer")
             axes.set_title(RATE_LABELS[name], fontsize=10)
-        all_axes[0].legend(fontsize=8)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         _save(figure, folder / f"tool_metrics_{subset}.png")
 
 
@@ -105,7 +105,7 @@ def plot_exp2b(
             axes.set_xlabel("alpha")
             axes.set_title("cross entropy, nats a token" if name == "target_ce" else RATE_LABELS[name], fontsize=10)
             axes.set_yscale("log") if name == "target_ce" else axes.set_ylim(-0.03, 1.03)
-        all_axes[0].legend(fontsize=8)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         _save(figure, folder / f"metrics_vs_alpha_{subset}.png")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from deltatc.errors import DataError
 from deltatc.evaluate import FvuSums
 from deltatc.hooks import capture_mlp
 from deltatc.models import decoder_layers, unwrap
@@ -36,6 +37,8 @@ def site_check(
     names = [*SITES, BEFORE_POST_NORM]
     fvu = {(layer, l0, name): FvuSums() for layer in bases for l0 in bases[layer] for name in names}
     active = dict.fromkeys(fvu, 0)
+    if not any(len(sequence.ids) > 1 for sequence in sequences):
+        raise DataError("the site check's text has no tokens; see site_check.text")
     device, eps = next(model.parameters()).device, unwrap(model).config.rms_norm_eps
     steps = list(batches(sequences, batch_size, pad_id))
     with torch.inference_mode(), capture_mlp(model, sorted(bases)) as captured:

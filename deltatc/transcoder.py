@@ -102,10 +102,10 @@ class Transcoder(nn.Module):
                 "by fuse() or loaded from its .safetensors file (params.npz keeps only the sum)"
             )
         n = self.d_sae - self.d_new
-        base = Transcoder(
-            *(t.clone() for t in (self.W_enc[:, :n], self.b_enc[:n], self.W_dec[:n], self.b_dec_base, self.threshold[:n])),
-            site=self.site, k=self.k, metadata=self.metadata,
-        )  # fmt: skip
+        of_base = (self.W_enc[:, :n], self.b_enc[:n], self.W_dec[:n], self.b_dec_base, self.threshold[:n])
+        # Copies: what is done to a part in place must not reach back into some tensors of the whole.
+        copies = (tensor.detach().clone() for tensor in of_base)
+        base = Transcoder(*copies, site=self.site, k=self.k, metadata=self.metadata)
         delta = DeltaTranscoder(base, self.d_new, k=self.k_delta)
         delta.set_delta(
             W_enc=self.W_enc[:, n:], b_enc=self.b_enc[n:], W_dec=self.W_dec[n:], b_dec=self.b_dec_delta,
@@ -241,8 +241,11 @@ def check_shapes(tensors: Mapping[str, Tensor], d_model: int | None = None) -> N
             raise FormatError(f"{name} has shape {list(tensors[name].shape)}; expected {shape} beside W_enc's "
                               f"[{width}, {d_sae}]")  # fmt: skip
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
-    if len(dtypes) > 1 or not W_enc.is_floating_point():
-        raise FormatError(f"the tensors are of {', '.join(sorted(dtypes))}; expected one floating-point dtype")
+    if len(dtypes) > 1 or W_enc.dtype not in ops.DTYPES:
+        raise FormatError(
+            f"the tensors are of {', '.join(sorted(dtypes))}; expected one floating-point dtype: float32, float64 or "
+            "bfloat16"
+        )
 
 
 def _empty_weights(like: Tensor) -> Weights:

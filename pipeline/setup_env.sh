@@ -95,6 +95,8 @@ attempt() {
             stop "$what: the disk is full; free some space here and under ${TMPDIR:-/tmp}, and run make again" ;;
         *"after connection broken by"* | *"Read timed out"*)
             stop "$what: the package index cannot be reached; check the network and the proxy settings, and run make again" ;;
+        *"unsaved files"*)
+            stop "$what: the folder was edited; keep that with .venv/bin/dvc commit, or drop it with .venv/bin/dvc checkout --force" ;;
         *"failed to pull data from the cloud"*)
             stop "$what: .dvc/embedded does not hold all of its files; take a complete clone and run make again" ;;
     esac

@@ -206,6 +206,8 @@ def test_the_site_check_finds_the_site_that_was_fitted(gemma):
             assert not losers(result) and not off_l0(result, 0.15)
         else:
             assert "resid_mid has FVU" in losers(result)[0]
+    with pytest.raises(DataError, match="no tokens"):
+        site_check(model, {1: {32: linear}}, [encode_text(tokenizer, "")], 8, tokenizer.pad_token_id)
     assert off_l0({"1": {"12": {"l0": 14.0}}}, 0.15) and not off_l0({"1": {"12": {"l0": 13.0}}}, 0.15)
 
 

@@ -9,7 +9,7 @@ from deltatc.errors import DataError
 from deltatc.files import atomic_path, check_manifest, read_json, read_jsonl, write_json, write_jsonl, write_manifest
 
 BAD_LINES = {
-    b'{"a": 1, "a": 2}\n': "appears twice", b'{"a": NaN}\n': "NaN", b'{"a": Infinity}\n': "Infinity", b"{\n": "not valid JSON",
+    b'{"a": 1, "a": 2}\n': "appears twice", b'{"a": NaN}\n': "NaN", b'{"a": Infinity}\n': "Infinity", b'{"a": 1e999}\n': "not valid", b"{\n": "not valid JSON",
     b"[1]\n": "expected a JSON object", b"3\n": "expected a JSON object", b"\n": "not valid JSON", b'{"a": 1}': "newline",
     b'{"a": "\\ud800"}\n': "surrogates", b'{"a": "\xff"}\n': "not UTF-8", b"[" * 100_000 + b"\n": "not valid JSON",
     b'{"a": 1} {"b": 2}\n': "not valid JSON", b"{'a': 1}\n": "not valid JSON", b'{"a": 1}\x00\n': "not valid JSON",
@@ -44,6 +44,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     write_json(tmp_path / "x.json", {"old": 1})
     with pytest.raises(DataError, match="not finite"):
         write_json(tmp_path / "x.json", {"new": float("nan")})
+    with pytest.raises(DataError, match="not finite"):
+        write_jsonl(tmp_path / "x.json", [{"new": 1}, {"new": float("inf")}])
     with pytest.raises(RuntimeError), atomic_path(tmp_path / "x.json") as temporary:
         temporary.write_text("half")
         raise RuntimeError

@@ -6,6 +6,7 @@ pytest tests/test_hooks.py
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from deltatc import DeltaTranscoder, Transcoder, capture_mlp, fuse, replace_mlp
 from deltatc.errors import ModelError, PartsNotRecorded, PositionError, SiteError
@@ -191,6 +192,39 @@ def test_transformer_bridge_generates_what_hugging_face_does(gemma, delta, tmp_p
     assert len(decoder_layers(bridge)) == 3
 
 
+def test_transformer_bridge_pads_and_caches_like_hugging_face_and_is_left_as_found(gemma, delta, tmp_path):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model, tokenizer = tiny_gemma2(tmp_path)
+    bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=model, tokenizer=tokenizer, device="cpu")
+    reference, _ = gemma
+    replaced = {0: delta, 2: delta}
+    padded = tokens(tokenizer, TEXTS, "left")
+
+    def by_bridge(cache):
+        return bridge.generate(TEXTS, max_new_tokens=8, do_sample=False, stop_at_eos=False, use_past_kv_cache=cache,
+                               return_type="tokens", verbose=False)  # fmt: skip
+
+    def by_hugging_face():
+        return reference.generate(**padded, max_new_tokens=8, do_sample=False, eos_token_id=None)
+
+    with torch.no_grad():
+        raw = by_bridge(cache=True)
+        before = n_hooks(bridge)  # the bridge's first call sets some of its own
+        assert torch.equal(raw, by_hugging_face())
+        for mode in ("fused", "no_delta"):
+            with replace_mlp(reference, replaced, mode):
+                wanted = by_hugging_face()
+            with replace_mlp(bridge, replaced, mode):
+                assert n_hooks(bridge) > before
+                for cache in (True, False):
+                    assert torch.equal(by_bridge(cache), wanted)
+            assert not torch.equal(wanted, raw)
+        with pytest.raises(RuntimeError), replace_mlp(bridge, replaced):
+            raise RuntimeError
+        assert n_hooks(bridge) == before and torch.equal(by_bridge(cache=True), raw)
+
+
 def test_results_do_not_depend_on_batch_or_padding_side(gemma, delta):
     model, tokenizer = gemma
     found = {}
@@ -240,6 +274,17 @@ def test_calls_whose_positions_cannot_be_known_are_refused(gemma, delta):
             model(inputs_embeds=embeds)
         with pytest.raises(PositionError, match="attention_mask is not of shape"):
             model(input_ids=batch["input_ids"], attention_mask=torch.ones(3, 1, 1, batch["input_ids"].shape[1]))
+        with pytest.raises(PositionError, match="dynamic KV cache"):
+            model.generate(**batch, max_new_tokens=3, do_sample=False, cache_implementation="static")
+        cache = DynamicCache(config=model.config)
+        model(input_ids=batch["input_ids"][:, :5], past_key_values=cache, use_cache=True)
+        for n_columns in (1, 5, 7):  # 5 cached positions and 1 new one are 6
+            with pytest.raises(PositionError, match=rf"shape \[3, {n_columns}\]; expected \[3, 6\]"):
+                model(
+                    input_ids=batch["input_ids"][:, 5:6], attention_mask=torch.ones(3, n_columns), past_key_values=cache
+                )
+        with pytest.raises(PositionError, match="neither input_ids nor inputs_embeds"):
+            find_positions(None, None, None, 0, model.config)
         by_embeds = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
         by_ids = model(**batch).logits
     at = batch["attention_mask"].bool()

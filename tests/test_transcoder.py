@@ -94,6 +94,39 @@ def test_fusing_with_top_k_selects_apart():
     torch.testing.assert_close(fused(x), delta(x), rtol=1e-10, atol=1e-12)
     acts = fused.encode(x)
     assert (acts[:, :40] > 0).sum(-1).max() == 5 and (acts[:, 40:] > 0).sum(-1).max() == 2
+    stats = fused.stats(x)
+    torch.testing.assert_close(stats.recon, delta(x), rtol=1e-10, atol=1e-12)
+    assert torch.equal(stats.l0_base, (acts[:, :40] > 0).sum(-1).float())
+    assert torch.equal(stats.l0_delta, (acts[:, 40:] > 0).sum(-1).float())
+
+
+def test_stats_are_sums_over_the_acts():
+    base, delta = pair(dtype=torch.float64)
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    recon, l0_base, l1_base, l0_delta, l1_delta = delta.stats(x, 0.5)
+    assert torch.equal(recon, delta(x, 0.5))
+    for weights, l0, l1 in ((base.weights, l0_base, l1_base), (delta.weights, l0_delta, l1_delta)):
+        W_enc, b_enc, threshold = (t.detach().numpy() for t in weights[:3])
+        pre = x.numpy() @ W_enc + b_enc
+        active = pre > np.maximum(threshold, 0)
+        assert np.array_equal(l0.numpy(), active.sum(-1))
+        np.testing.assert_allclose(l1.numpy(), (pre * active).sum(-1), rtol=1e-6)
+    alone = base.stats(x)
+    assert torch.equal(alone.recon, base(x)) and torch.equal(alone.l0_base, l0_base) and not alone.l0_delta.any()
+
+
+def test_parts_taken_from_a_whole_share_no_memory_with_it():
+    base, delta = pair()
+    fused = fuse(base, delta)
+    x = torch.randn(6, 32)
+    wanted = fused(x)
+    for part in (base, delta, *fused.unfuse()):
+        with torch.no_grad():
+            for parameter in part.parameters():
+                parameter += 1.0
+    assert torch.equal(fused(x), wanted)
+    again = fused.unfuse()[1]
+    torch.testing.assert_close(again(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_dtypes_follow_the_input_and_in_place_updates_are_honoured():
