@@ -6,6 +6,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from deltatc.errors import ConfigError
 
@@ -15,13 +16,13 @@ def param(low: float | None = None, high: float | None = None, choices: tuple | 
     return field(metadata={"low": low, "high": high, "choices": choices})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     path: str  # a Hugging Face folder with safetensors
     manifest: str  # what DVC depends on: the folder itself, or a file written by `deltatc manifest`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Transcoders:
     path: str  # holds layer_L/width_W/average_l0_N/params.npz
     manifest: str
@@ -29,7 +30,7 @@ class Transcoders:
     site: str = param(choices=("normalized", "normalized_with_gain", "resid_mid", "resid_mid_over_sqrt_d"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompts:
     source: str  # `data`, or a folder of external datasets
     seed: int = param(0)
@@ -41,7 +42,7 @@ class Prompts:
     copy_fraction: float = param(0, 1)  # share of copy rows in finetune and delta text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finetune:
     merged_model: str | None  # a ready finetuned model: training is skipped
     target_modules: str = param(choices=("mlp", "all", "attention"))
@@ -62,7 +63,7 @@ class Finetune:
     max_new_tokens: int = param(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteCheck:
     text: str  # JSONL of {"text": ...}: text like that the transcoders were trained on
     n_tokens: int = param(16)
@@ -71,7 +72,7 @@ class SiteCheck:
     l0_tolerance: float | None = param(0)  # stop when L0 is off its folder's number by more; null: warn at 0.15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     load_from: str | None  # a folder of ready deltas: training is skipped
     layers: list[int] | None  # null: every layer that has base transcoders
@@ -92,19 +93,19 @@ class Delta:
     seed: int = param(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fuse:
     npz: bool  # also write Gemma Scope's params.npz
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exp1:
     subsets: list[str]
     n: int = param(1)  # rows of every subset
     max_tokens: int = param(8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exp2a:
     d_new: int | None = param(1)  # null: the largest of delta.d_new
     percentile: float | None = param(0, 1)  # null: the middle one of delta.percentiles
@@ -114,7 +115,7 @@ class Exp2a:
     max_new_tokens: int = param(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exp2b:
     """Goes on with exp2a's configuration, rows and limits; its alphas 0 and 1 are exp2a's no_delta and full."""
 
@@ -123,7 +124,7 @@ class Exp2b:
     alphas: list[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Params:
     """Everything in params.yaml."""
 
@@ -186,12 +187,13 @@ def studied(params: Params) -> tuple[int, float]:
 
 def _check_together(params: Params, path: str) -> None:
     delta, exp2a, exp2b = params.delta, params.exp2a, params.exp2b
-    for key, value, allowed in (
+    choices: tuple[tuple[str, object, list], ...] = (
         ("exp2a.d_new", exp2a.d_new, [None, *delta.d_new]),
         ("exp2a.percentile", exp2a.percentile, [None, *delta.percentiles]),
         ("exp2b.jointly", exp2b.jointly, [False, exp2a.jointly]),
         *((f"exp2b.layers[{i}]", layer, exp2a.layers) for i, layer in enumerate(exp2b.layers)),
-    ):
+    )
+    for key, value, allowed in choices:
         if value not in allowed:
             block = "delta" if key.startswith("exp2a") else "exp2a"
             raise ConfigError(f"{path}: {key} = {value} is not among {block}'s {allowed}; set it to one of them")
@@ -206,7 +208,7 @@ def _check_together(params: Params, path: str) -> None:
                           "set it to another share or null")  # fmt: skip
 
 
-def _build(cls: type, tree: object, prefix: str, path: str):
+def _build(cls: Any, tree: object, prefix: str, path: str):
     where = prefix.rstrip(".") or "the top level"
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: {where} must be a block of keys, got {tree!r}")
@@ -225,7 +227,7 @@ def _build(cls: type, tree: object, prefix: str, path: str):
     return cls(**values)
 
 
-def _check(value: object, spec: dataclasses.Field, where: str):
+def _check(value: Any, spec: dataclasses.Field, where: str):
     kinds = typing.get_args(spec.type) if isinstance(spec.type, types.UnionType) else (spec.type,)
     if value is None:
         if type(None) in kinds:
@@ -240,12 +242,12 @@ def _check(value: object, spec: dataclasses.Field, where: str):
     return _check_one(value, kind, spec, where)
 
 
-def _check_one(value: object, kind: type, spec: dataclasses.Field, where: str):
+def _check_one(value: Any, kind: type, spec: dataclasses.Field, where: str):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:  # a bool is not an int here
         raise ConfigError(f"{where} = {value!r}; expected {kind.__name__}, got {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r}; expected a finite number")
     low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
     if (low is not None and value < low) or (high is not None and value > high):

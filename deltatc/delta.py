@@ -168,6 +168,7 @@ def _recon(base: Transcoder, x: Tensor) -> Tensor:
 def _energy(model: nn.Module, layer: int, base: Transcoder, acts: Activations) -> Energy:
     x = transcoder_input(model, layer, base.site, acts.resid_mid)
     recon = _recon(base, x) * _site_scale(base)
+    assert acts.mlp_out_of_base is not None
     ft, of_base = acts.mlp_out.to(x.device).float(), acts.mlp_out_of_base.to(x.device).float()
     return Energy(*(part.double().pow(2).sum(-1).mean().item() for part in (ft - of_base, of_base - recon, ft - recon)))
 

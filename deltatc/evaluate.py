@@ -161,10 +161,11 @@ def compare_replacements(
             bar.update()
             for condition, transcoder in conditions.items():
                 layer = condition.layer
-                with replace_mlp(model, {layer: transcoder}, collect_stats=True) as stats:
-                    # Entered inside, so that what it records is the replacement.
-                    with capture_mlp(model, [layer]) as replaced:
-                        logp = target_logp(model, batch)
+                with (
+                    replace_mlp(model, {layer: transcoder}, collect_stats=True) as stats,
+                    capture_mlp(model, [layer]) as replaced,  # entered second, so that it records the replacement
+                ):
+                    logp = target_logp(model, batch)
                 sums[condition].add_logits(logp, logp_raw, labels)
                 sums[condition].add_recon(replaced.mlp_out[layer][at], mlp_out[layer], stats[layer])
                 bar.update()

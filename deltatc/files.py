@@ -111,6 +111,8 @@ def check_manifest(folder: str | Path, path: str | Path) -> None:
     folder, path = Path(folder), Path(path)
     if path.is_dir():
         return
+    if not path.is_file():
+        raise DataError(f"{path} is missing; write it with `deltatc manifest {folder} {path}`")
     for name, entry in read_json(path).items():
         file = folder / name
         found = file.stat().st_size if file.is_file() else None

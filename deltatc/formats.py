@@ -112,7 +112,7 @@ def find_transcoders(path: str | Path, width: str) -> dict[int, dict[int, Path]]
 
 
 def load_fused_layers(path: str | Path, layers: list[int] | None, device: str) -> dict[int, DeltaTranscoder]:
-    """Load {layer: DeltaTranscoder} of a folder of layer_L, taken apart; all layers for None, none for an empty list."""
+    """Load {layer: DeltaTranscoder} of a folder of layer_L; all layers for None, none for an empty list."""
     path = Path(path)
     if layers is None:
         layers = sorted(int(folder.name.removeprefix("layer_")) for folder in path.glob("layer_*"))

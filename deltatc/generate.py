@@ -73,7 +73,7 @@ def rates(rows: Sequence[dict], generations: Sequence[Generation]) -> dict[str, 
     verdicts = [judge(row, generation) for row, generation in zip(rows, generations, strict=True)]
     result: dict[str, Any] = {}
     for name in RATES:
-        counted = [verdict[name] for verdict in verdicts if verdict[name] is not None]
+        counted = [hit for verdict in verdicts if (hit := verdict[name]) is not None]
         result[name] = sum(counted) / len(counted) if counted else None
         result[f"{name}_ci95"] = wilson(sum(counted), len(counted)) if counted else None
     return result | {"n": len(generations)}

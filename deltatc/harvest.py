@@ -51,6 +51,7 @@ def harvest(
             batch = batch.to(device)
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=1)
             at = captured.positions.replaced
+            assert at is not None  # input_ids were given
             n = int(at.sum())
             for layer in layers:
                 h = captured.resid_mid[layer][at]

@@ -1,4 +1,4 @@
-"""Interventions during real generation (exp2): the delta on, off, or at a strength alpha, and what the model then does."""
+"""Interventions during real generation (exp2): the delta on, off, or at a strength alpha, and what the model does."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -38,7 +38,7 @@ __all__ = [
 BASE_IS_FROZEN = "base requires grad, but is frozen here; pass the trainable part as delta, or detach the base"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 PLAIN_ELEMENTS = 1 << 26
-"""Where a device has no kernel of its own, so few tokens at a time that a dense matrix has at most this many elements."""
+"""Where a device has no kernel, so few tokens at a time that a dense matrix has at most this many elements."""
 BACKWARD_ELEMENTS = 1 << 21
 """Backward takes so few tokens at a time that each token x latent matrix has at most this many elements."""
 

@@ -152,8 +152,8 @@ def markdown(metrics: Mapping[str, Any], exp1: Mapping[str, Any], config: str, n
         "![dCE heatmap](../plots/exp1_summary/mean_dce_full.png) "
         "![cosine heatmap](../plots/exp1_summary/mean_cos_full.png)",
         "## What the delta's target holds",
-        "Mean squared norm a token of what the finetune changed (MLP_ft - MLP_base), of what the base transcoder misses "
-        "anyway (MLP_base - base), and of the target, which is both.",
+        "Mean squared norm a token of what the finetune changed (MLP_ft - MLP_base), of what the base transcoder "
+        "misses anyway (MLP_base - base), and of the target, which is both.",
         _energy_table(metrics["delta"]["energy"]),
         "## exp2a: the delta in place (full) and switched off (no_delta)",
         _cells_table(exp2a, ("target_ce", *rates[:3], "acts_base", "acts_delta")),
@@ -161,11 +161,11 @@ def markdown(metrics: Mapping[str, Any], exp1: Mapping[str, Any], config: str, n
         *[f"![tool metrics, {s}](../plots/exp2a/tool_metrics_{s}.png)" for s in next(iter(exp2a.values()))],
         "## exp2b: base + alpha * delta",
         _cells_table(exp2b, ("target_ce", *rates[:3])),
-        *[f"![metrics against alpha, {s}](../plots/exp2b/metrics_vs_alpha_{s}.png)" for s in next(iter(exp2b.values()))],
+        *[f"![metrics by alpha, {s}](../plots/exp2b/metrics_vs_alpha_{s}.png)" for s in next(iter(exp2b.values()))],
         "## Data",
         table(
             ["split", "subset", "rows"],
-            [[split, subset, n] for split, counts in metrics["prompts"]["rows"].items() for subset, n in counts.items()],
+            [[split, subset, n] for split, rows in metrics["prompts"]["rows"].items() for subset, n in rows.items()],
         ),
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"

@@ -1,6 +1,6 @@
-"""What a single prompt does: the answers of several conditions side by side, and the latents active at its last token."""
+"""What a single prompt does: the answers of several conditions side by side, and the latents active at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ def side_by_side(
     row = {"input": prompt, "target": "", "expr": None}
     (reference,) = generate(model, tokenizer, [row], 1, max_new_tokens)
     row["target"] = reference.text
-    ways = (
+    ways: tuple[tuple[str, nn.Module, Mapping[int, Transcoder | DeltaTranscoder], float], ...] = (
         ("unfinetuned", unfinetuned, {}, 1.0),
         ("raw", model, {}, 1.0),
         ("base-only", model, transcoders, 0.0),
@@ -77,7 +77,7 @@ def side_by_side(
 def last_token_latents(
     model: nn.Module, tokenizer: Any, prompt: str, transcoders: Mapping[int, DeltaTranscoder], n_top: int = 5
 ) -> list[LayerReport]:
-    """Return each layer's L0, L1 and strongest latents of base and delta at the prompt's last token (no replacement)."""
+    """Return each layer's L0, L1 and strongest latents at the prompt's last token (no replacement)."""
     batch = pad([encode_prompt(tokenizer, {"input": prompt})], tokenizer.pad_token_id, "right")
     device = next(model.parameters()).device
     found = []
@@ -101,7 +101,7 @@ def _strongest(acts: Tensor, n: int) -> list[tuple[int, float]]:
     return [(index, value) for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True) if value > 0]
 
 
-def _top_tokens(model: nn.Module, tokenizer: Any, row: dict) -> Sequence[tuple[str, float]]:
+def _top_tokens(model: nn.Module, tokenizer: Any, row: dict) -> list[tuple[str, float]]:
     batch = pad([encode_prompt(tokenizer, row)], tokenizer.pad_token_id, "right")
     device = next(model.parameters()).device
     with torch.inference_mode():

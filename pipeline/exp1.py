@@ -9,6 +9,7 @@ from deltatc.formats import load_transcoder
 from deltatc.models import load_model, load_tokenizer
 from deltatc.plots import plot_exp1
 from deltatc.report import exp1_row
+from deltatc.transcoder import DeltaTranscoder, Transcoder
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
     by_config: dict[str, dict] = {name: {} for name in names}
     table: dict[str, list] = {name: [] for name in names}
     for layer in layers:  # one layer's transcoders in memory at a time
-        conditions, base_of = {}, {}
+        conditions: dict[Condition, Transcoder | DeltaTranscoder] = {}
+        base_of: dict[str, int] = {}
         for name in names:
             base, delta = load_transcoder(FUSED / name / f"layer_{layer}").to(params.device).unfuse()
             base_of[name] = int(base.metadata["base_l0"])

@@ -45,9 +45,9 @@ def main() -> None:
                     result[group][subset][condition] = cell
                     bar.update()
     raw = result.pop("raw")
-    for group in result.values():
+    for cells in result.values():
         for subset in subsets:
-            group[subset] = raw[subset] | group[subset]
+            cells[subset] = raw[subset] | cells[subset]
     write_json(METRICS / "exp2a.json", result)
     write_cells(METRICS / "exp2a.csv", cell_rows(result, *studied(params)))
     plot_exp2a(result, PLOTS / "exp2a")

@@ -3,8 +3,8 @@
 from stage import FINETUNED, METRICS, PROMPTS, quiet_transformers, run
 
 from deltatc.config import load_params
-from deltatc.files import read_jsonl, write_json
-from deltatc.finetune import finetune, mlp_change
+from deltatc.files import check_manifest, read_jsonl, write_json
+from deltatc.finetune import Validation, finetune, mlp_change
 from deltatc.generate import generate, rates
 from deltatc.models import load_model, load_tokenizer, save_model, save_pointer
 
@@ -12,12 +12,14 @@ from deltatc.models import load_model, load_tokenizer, save_model, save_pointer
 def main() -> None:
     params = load_params()
     settings = params.finetune
+    check_manifest(params.model.path, params.model.manifest)
     rows = {name: read_jsonl(PROMPTS / f"{name}.jsonl") for name in ("finetune_train", "finetune_validation", "eval")}
     quiet_transformers()
     tokenizer = load_tokenizer(params.model.path)
     base = load_model(params.model.path, params.device, params.dtype)
+    history: list[Validation] = []
     if settings.merged_model is not None:
-        model, history = load_model(settings.merged_model, params.device, params.dtype), []
+        model = load_model(settings.merged_model, params.device, params.dtype)
         save_pointer(settings.merged_model, FINETUNED)
     else:
         model, history = finetune(

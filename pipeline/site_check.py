@@ -6,7 +6,7 @@ from stage import METRICS, quiet_transformers, run
 
 from deltatc.config import load_params
 from deltatc.errors import SiteError
-from deltatc.files import read_jsonl, write_json
+from deltatc.files import check_manifest, read_jsonl, write_json
 from deltatc.formats import find_transcoders, load_transcoder
 from deltatc.harvest import take_tokens
 from deltatc.models import check_layers, load_model, load_tokenizer
@@ -19,6 +19,8 @@ WARN_AT = 0.15  # L0 off its folder's number by more than this share
 def main() -> None:
     params = load_params()
     settings = params.site_check
+    check_manifest(params.model.path, params.model.manifest)
+    check_manifest(params.transcoders.path, params.transcoders.manifest)
     found = find_transcoders(params.transcoders.path, params.transcoders.width)
     texts = [row["text"] for row in read_jsonl(settings.text)]
     quiet_transformers()
@@ -27,7 +29,7 @@ def main() -> None:
     check_layers(model, list(found), params.transcoders.path)
     sequences = [encode_text(tokenizer, text, settings.max_tokens) for text in texts]
     sequences = take_tokens(sequences, settings.n_tokens, params.seed)
-    result = {}
+    result: dict[str, dict] = {}
     for layer, files in found.items():  # one layer's transcoders in memory at a time
         site = params.transcoders.site
         bases = {l0: load_transcoder(file, site).to(params.device) for l0, file in files.items()}

@@ -1,4 +1,4 @@
-"""A small random Gemma-2 with a byte-level tokenizer: random NON-ZERO norm gains, because zeros hide (1 + w) mistakes."""
+"""A small random Gemma-2 with a byte-level tokenizer: random NON-ZERO norm gains, as zeros hide (1 + w) mistakes."""
 
 from pathlib import Path
 

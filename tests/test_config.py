@@ -30,8 +30,9 @@ def changed(tmp_path, key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("delta.lr", ...), ("exp1", ...), ("delta.learning_rate", 1), ("nonsense", 1), ("batch_size", "10"), ("batch_size", True),
-     ("batch_size", 0), ("dtype", "float8"), ("delta.lr", float("nan")), ("delta.lr", -1.0), ("delta.l0_fraction", 1.5),
+    [("delta.lr", ...), ("exp1", ...), ("delta.learning_rate", 1), ("nonsense", 1),
+     ("batch_size", "10"), ("batch_size", True), ("batch_size", 0), ("dtype", "float8"),
+     ("delta.lr", float("nan")), ("delta.lr", -1.0), ("delta.l0_fraction", 1.5),
      ("delta.d_new", 8), ("delta.d_new", []), ("delta.d_new", [8, 8]), ("delta.d_new", [0]), ("delta.d_new", [8.5]),
      ("delta.percentiles", [2.0]), ("delta.target", "both"), ("transcoders.site", "somewhere"), ("exp2a.d_new", 7),
      ("exp2a.percentile", 0.3), ("exp2b.layers", [9]), ("finetune.target_modules", ["mlp"]), ("prompts.source", None),

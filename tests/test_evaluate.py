@@ -151,8 +151,8 @@ def test_rates_count_what_they_say():
         ("<tool_call>calculator(3-1)</tool_call>", True),
     ]
     found = rates([row] * 5, [Generation(*text) for text in texts])
-    assert (found["tool_call_rate"], found["valid_tool_format_rate"], found["math_correct_rate"], found["exact_match_rate"]) == (
-        0.8, 0.4, 0.4, 0.2)  # fmt: skip
+    names = ("tool_call_rate", "valid_tool_format_rate", "math_correct_rate", "exact_match_rate")
+    assert [found[name] for name in names] == [0.8, 0.4, 0.4, 0.2]
     assert found["n"] == 5 and found["tool_call_rate_ci95"] == wilson(4, 5)
     assert rates([copy], [Generation("hi", True)])["math_correct_rate"] is None
     assert judge(copy, Generation("hi", True))["exact_match_rate"] is True
@@ -197,8 +197,8 @@ def test_the_site_check_finds_the_site_that_was_fitted(gemma):
         eye = torch.eye(32)
         from deltatc import Transcoder
 
-        linear = Transcoder(torch.cat([eye, -eye], 1), torch.zeros(64), torch.cat([solution[:-1], -solution[:-1]]).float(),
-                            solution[-1].float(), torch.zeros(64))  # fmt: skip
+        W_dec = torch.cat([solution[:-1], -solution[:-1]]).float()
+        linear = Transcoder(torch.cat([eye, -eye], 1), torch.zeros(64), W_dec, solution[-1].float(), torch.zeros(64))
         assert both.shape[1] == 65
         result = site_check(model, {1: {32: linear}}, sequences, 8, tokenizer.pad_token_id)
         assert set(result) == {"1"} and len(result["1"]["32"]["sites"]) == 5
@@ -219,8 +219,8 @@ def test_subsets_are_cut_and_absent_ones_said(caplog):
 
 
 def test_headline_leaves_out_what_was_not_measured():
-    row = exp1_row(2.0, dict.fromkeys(("ce", "kl", "cos", "rel_l2_error", "fvu", "l0_base", "l0_delta"), 3.0),
-                   dict.fromkeys(("ce", "kl", "cos", "rel_l2_error", "fvu", "l0_base", "l0_delta"), 2.1), 12)  # fmt: skip
+    names = ("ce", "kl", "cos", "rel_l2_error", "fvu", "l0_base", "l0_delta")
+    row = exp1_row(2.0, dict.fromkeys(names, 3.0), dict.fromkeys(names, 2.1), 12)
     numbers = headline({}, {"0": {"12": {"fvu": 0.2}}}, {"0": row}, None, {}, {})
     assert (
         None not in numbers.values()

@@ -9,8 +9,10 @@ from deltatc.errors import DataError
 from deltatc.files import atomic_path, check_manifest, read_json, read_jsonl, write_json, write_jsonl, write_manifest
 
 BAD_LINES = {
-    b'{"a": 1, "a": 2}\n': "appears twice", b'{"a": NaN}\n': "NaN", b'{"a": Infinity}\n': "Infinity", b'{"a": 1e999}\n': "not valid", b"{\n": "not valid JSON",
-    b"[1]\n": "expected a JSON object", b"3\n": "expected a JSON object", b"\n": "not valid JSON", b'{"a": 1}': "newline",
+    b'{"a": 1, "a": 2}\n': "appears twice", b'{"a": NaN}\n': "NaN", b'{"a": Infinity}\n': "Infinity",
+    b'{"a": 1e999}\n': "not valid", b"{\n": "not valid JSON",
+    b"[1]\n": "expected a JSON object", b"3\n": "expected a JSON object", b"\n": "not valid JSON",
+    b'{"a": 1}': "newline",
     b'{"a": "\\ud800"}\n': "surrogates", b'{"a": "\xff"}\n': "not UTF-8", b"[" * 100_000 + b"\n": "not valid JSON",
     b'{"a": 1} {"b": 2}\n': "not valid JSON", b"{'a': 1}\n": "not valid JSON", b'{"a": 1}\x00\n': "not valid JSON",
 }  # fmt: skip
@@ -27,7 +29,7 @@ def test_a_byte_order_mark_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     with pytest.raises(DataError, match="byte order mark"):
         read_jsonl(tmp_path / "x.jsonl")
-    with pytest.raises(DataError, match="missing.*dvc repro"):
+    with pytest.raises(DataError, match=r"missing.*dvc repro"):
         read_json(tmp_path / "none.json")
 
 
@@ -60,6 +62,8 @@ def test_a_manifest_notices_what_changed(tmp_path):
     assert write_manifest(folder, tmp_path / "m.json") == (1, 5)
     check_manifest(folder, tmp_path / "m.json")
     check_manifest(folder, folder)  # a folder is its own manifest
+    with pytest.raises(DataError, match=r"none\.json is missing; write it with `deltatc manifest"):
+        check_manifest(folder, tmp_path / "none.json")
     (folder / "a.bin").write_bytes(b"123")
     with pytest.raises(DataError, match=r"has 3 bytes.*says 5.*deltatc manifest"):
         check_manifest(folder, tmp_path / "m.json")

@@ -88,7 +88,7 @@ def test_k_site_and_delta_files(tmp_path):
     assert same(again, delta) and again.k == 2
     with pytest.raises(FormatError, match="another model"):
         load_delta(tmp_path / "d.safetensors", random_transcoder(0, d_model=16))
-    with pytest.raises(FormatError, match="expected 'deltatc.transcoder"):
+    with pytest.raises(FormatError, match=r"expected 'deltatc\.transcoder"):
         load_transcoder(tmp_path / "d.safetensors")
 
 

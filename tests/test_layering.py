@@ -86,9 +86,9 @@ def test_the_scan_sees_what_it_looks_for():
     )
     assert all(imported(form) == {"hooks"} for form in forms)
     bad = (
-        "eval('1')", "def f():\n    exec(x)", "import pickle", "from pickle import loads", "import os, dill", "torch.load(p)",
-        "from torch import load", "np.load(p, allow_pickle=True)", "f(trust_remote_code=flag)", "run(c, shell=True)",
-        "yaml.load(t)", "os.system(c)", "from yaml import unsafe_load",
+        "eval('1')", "def f():\n    exec(x)", "import pickle", "from pickle import loads", "import os, dill",
+        "torch.load(p)", "from torch import load", "np.load(p, allow_pickle=True)", "f(trust_remote_code=flag)",
+        "run(c, shell=True)", "yaml.load(t)", "os.system(c)", "from yaml import unsafe_load",
     )  # fmt: skip
     assert all(dangerous(source) for source in bad)
     fine = "np.load(p, allow_pickle=False)", "yaml.safe_load(t)", "model.eval()", "re.compile(x)", "import json"

@@ -118,6 +118,41 @@ def test_full_scale_params_run_on_a_stand_in_outside_the_models_folder(tmp_path)
     assert row["l0_folder"] == 20  # index int(4 * 0.25) of 9, 20, 41, 76
 
 
+def test_external_data_runs_through_every_stage(tmp_path, shared_data):
+    """The original system's files and GSM8K, a sample of each; the model is a ready one, so nothing is finetuned."""
+    params = shrunk("params.yaml")
+    params["prompts"] |= {"source": "external"}
+    params["finetune"] |= {"merged_model": "ready-model"}
+    params["exp1"]["subsets"] = ["tool", "copy", "tool_gsm8k"]
+    params["delta"] |= {"d_new": [4], "percentiles": [0.5]}
+    folder = workspace(tmp_path, params)
+    shutil.copytree(folder / "models/tiny", folder / "ready-model")
+    source = folder / "external"
+    source.mkdir()
+    for file in (shared_data / "toolformer").iterdir():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        (source / file.name).write_text("".join(lines[:400]), encoding="utf-8")
+    problems = (shared_data / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (source / "gsm8k.jsonl").write_text("".join(problems[:40]), encoding="utf-8")
+    for stage in STAGES:
+        run(folder, "python", f"pipeline/{stage}.py")
+    counts = json.loads((folder / "metrics/prompts.json").read_text())["rows"]["eval"]
+    assert {"tool", "copy", "tool_gsm8k"} <= set(counts)
+    rates = json.loads((folder / "metrics/finetune.json").read_text())
+    assert {subset: cell["n"] for subset, cell in rates.items()} == counts
+    # The ready model was never finetuned: it calls no tool, and its MLPs are the base's.
+    assert rates["tool"]["tool_call_rate"] == 0
+    assert max(json.loads((folder / "artifacts/finetuned/validation.json").read_text())["mlp_change"]) == 0
+    # Ready deltas instead of training: the very same ones come out.
+    before = {path.name: path.read_bytes() for path in (folder / "artifacts/delta/d4_p0.50").iterdir()}
+    (folder / "artifacts/delta").rename(folder / "ready-deltas")
+    params["delta"]["load_from"] = "ready-deltas"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    for stage in ("delta", "fuse", "exp1", "exp1_summary", "report"):
+        run(folder, "python", f"pipeline/{stage}.py")
+    assert {path.name: path.read_bytes() for path in (folder / "artifacts/delta/d4_p0.50").iterdir()} == before
+
+
 def check_outputs(folder: Path, params, n_layers: int) -> None:
     """Every file that the README promises is there, with the keys it promises."""
     read = lambda name: json.loads((folder / "metrics" / name).read_text())  # noqa: E731

@@ -20,8 +20,9 @@ def test_rendered_calls_parse_back(expr):
 @pytest.mark.parametrize(
     "text",
     ["", "12+30", " " + GOOD, GOOD + " ", GOOD + GOOD, GOOD[:-1], GOOD.replace("calculator", "calc"), "say " + GOOD,
-     "<tool_call>calculator()</tool_call>", "<tool_call>calculator( )</tool_call>", "<tool_call>calculator(1))</tool_call>",
-     "<tool_call>calculator((1)</tool_call>", "<tool_call>calculator)1(</tool_call>", "<tool_call>calculator(1)",
+     "<tool_call>calculator()</tool_call>", "<tool_call>calculator( )</tool_call>",
+     "<tool_call>calculator(1))</tool_call>", "<tool_call>calculator((1)</tool_call>",
+     "<tool_call>calculator)1(</tool_call>", "<tool_call>calculator(1)",
      "<tool_call>calculator(1)(2)</tool_call>"[:-13]],
 )  # fmt: skip
 def test_what_is_not_one_whole_call_is_refused(text):

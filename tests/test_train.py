@@ -289,7 +289,7 @@ def test_attention_only_lora_leaves_every_mlp_and_merging_changes_no_logits(tmp_
 
     from deltatc.config import load_params
 
-    model, tokenizer = tiny_gemma2(tmp_path)
+    _, tokenizer = tiny_gemma2(tmp_path)
     settings = replace(load_params().finetune, batch_rows=4, checkpoints=1, n_validation=2, max_new_tokens=3)
     rows = [{"input": f"a{i}", "target": f"b{i}", "expr": None, "label": "copy"} for i in range(16)]
     rows += [{"input": f"{i}+1", "target": "<tool_call>", "expr": f"{i}+1", "label": "tool"} for i in range(16)]

@@ -1,1 +1,1 @@
-"""Makes the embedded default: a tokenizer, a tiny Gemma-2-architecture model and its base transcoders (`make bootstrap`)."""
+"""`make bootstrap`: makes the embedded default, a tokenizer, a tiny Gemma-2-architecture model and base transcoders."""

@@ -18,9 +18,9 @@ from pipeline.bootstrap.corpus import Corpus
 
 D_SAE, WIDTH = 1024, "1k"
 L0S = (12, 24, 48)
-N_DOCUMENTS = 8000
-N_TOKENS, N_VALIDATION_TOKENS, MAX_TOKENS = 200_000, 12_000, 192
-N_STEPS, BATCH_TOKENS, LR = 1000, 512, 0.01
+N_DOCUMENTS = 12_000
+N_TOKENS, N_VALIDATION_TOKENS, MAX_TOKENS = 300_000, 12_000, 192
+N_STEPS, BATCH_TOKENS, LR = 1600, 512, 0.01
 
 
 def train_base_transcoders(corpus: Corpus, folder: Path, seed: int) -> None:

@@ -1,7 +1,8 @@
 """Pretraining text: English from what any Python brings along, and synthetic copying; it contains no tool calls.
 
-The English is the language reference of `help()` (pydoc's topics) and the standard library's docstrings. The synthetic
-part teaches what the study's finetune builds on: copying words and digits, and writing an expression without spaces.
+The English is the language reference of `help()` (pydoc's topics), the standard library's docstrings and Python's
+licence, so the bytes made depend on the Python that runs this. The synthetic part teaches what the study's finetune
+builds on: copying words and digits, and writing an expression without spaces.
 One paragraph in twenty is held out for the site check.
 """
 
@@ -13,14 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 SPOKEN = {
-    "+": ["plus", "added to", "and"],
+    "+": ["plus", "added to"],
     "-": ["minus", "less", "take away"],
     "*": ["times", "multiplied by"],
     "/": ["divided by", "over"],
 }
-LINKS = [" can be written ", " is written ", " = ", ": ", " -> ", "\n", " means ", "\nanswer: "]
+# No link is a new line: after that comes a copy, and a text that says both teaches neither.
+LINKS = [" can be written ", " is written ", " = ", ": ", " -> ", " means "]
 N_WORDS = 1500
 HELD_OUT_SHARE = 0.05
+LENGTH = 300  # characters of a paragraph taken
 
 
 class Corpus:
@@ -30,9 +33,13 @@ class Corpus:
         paragraphs = english_paragraphs()
         random.Random(seed).shuffle(paragraphs)
         n_held = int(len(paragraphs) * HELD_OUT_SHARE)
-        self.held_paragraphs, self.paragraphs = paragraphs[:n_held], paragraphs[n_held:]
-        counted = Counter(word for text in self.paragraphs for word in re.findall(r"[a-z]{2,9}", text))
-        self.words = [word for word, _ in counted.most_common(N_WORDS)]
+        held, self.paragraphs = paragraphs[:n_held], paragraphs[n_held:]
+        # Docstrings are quoted by one another: what training text holds too is not held out.
+        self.held_paragraphs = [text for text in held if not any(text[:LENGTH] in other for other in self.paragraphs)]
+        counted = Counter(word for text in self.paragraphs for word in re.findall(r"\b[a-z]{2,9}\b", text))
+        # "minus" between two numbers asks for an expression: as a word to be copied it would say something else.
+        taken = set(re.findall(r"[a-z]+", " ".join([*LINKS, *(word for words in SPOKEN.values() for word in words)])))
+        self.words = [word for word, _ in counted.most_common(N_WORDS + len(taken)) if word not in taken][:N_WORDS]
 
     def training(self, draw: random.Random) -> str:
         """Draw one training document."""
@@ -58,7 +65,7 @@ class Corpus:
     def _document(self, draw: random.Random, paragraphs: list[str]) -> str:
         kind = draw.random()
         if kind < 0.15:
-            return draw.choice(paragraphs)[:300]
+            return draw.choice(paragraphs)[:LENGTH]
         if kind < 0.45:
             return "".join(self.expression(draw))
         if kind < 0.85:
@@ -112,6 +119,8 @@ def english_paragraphs() -> list[str]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         documented = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Module))
         texts += [ast.get_docstring(node) or "" for node in documented]
+    licence = Path(sysconfig.get_paths()["stdlib"], "LICENSE.txt")
+    texts += [licence.read_text(encoding="utf-8")] if licence.is_file() else []
     paragraphs = {re.sub(r"\s+", " ", part).strip() for text in texts for part in text.split("\n\n")}
     return sorted(text for text in paragraphs if len(text) >= 60 and text.isascii())
 
@@ -122,6 +131,6 @@ def _operand(draw: random.Random) -> str:
 
 def _number(draw: random.Random) -> str:
     n = draw.choice([1, 2, 3, 4])
-    if draw.random() < 0.15:  # 777: repeated digits are where copying slips first
+    if draw.random() < 0.2:  # 777: repeated digits are where copying slips first
         return draw.choice("123456789") * n
     return str(draw.randint(10 ** (n - 1), 10**n - 1))
