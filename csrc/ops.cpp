@@ -1,5 +1,6 @@
 // Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/transcode.cpp);
-// deltatc/ops.py adds the fake kernels, autograd and the checks that name the argument.
+// deltatc/ops.py adds the fake kernels, autograd, the checks that name the argument, and on the CPU the packed weights:
+// there transcode is transcode_packed with pack(W_enc), which is kept until W_enc changes.
 //
 // Contract (T = the dtype of x: float64, float32 or bfloat16; all tensors on one device, any strides)
 //
@@ -32,5 +33,11 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("transcode_stats(" TRANSCODE_INPUTS
         ") -> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   m.def("transcode_backward(Tensor grad, " TRANSCODE_INPUTS ", bool[] needed) -> Tensor[] gradients");
+  // W_enc as the CPU kernel reads it: [strips of 32 latents, steps, 32], int32 pairs for bfloat16; zeros behind the end
+  m.def("pack(Tensor W_enc) -> Tensor packed");
+  m.def("transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "
+        "Tensor? delta_packed, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "
+        "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
+        "-> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   m.def("cpu_kernels() -> str");  // instruction sets compiled in, the one in use first
 }

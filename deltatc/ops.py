@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deltatc.errors import OpError
 from deltatc.ops_ref import (
@@ -177,6 +178,43 @@ def _load_library() -> None:
 
 
 _load_library()
+
+
+_PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def packed(W_enc: Tensor) -> Tensor:
+    """Return W_enc as the CPU kernel reads it; of a frozen one it is kept until W_enc is freed or changed in place.
+
+    A change is seen by the tensor's version counter, which every operation on the tensor itself raises; what writes
+    around it (`W_enc.data.mul_()`, NumPy on shared memory) is not seen, as autograd does not see it either. What is
+    being trained is packed at every call: a delta is small.
+    """
+    if W_enc.requires_grad or W_enc.is_inference():  # the latter counts no versions
+        return torch.ops.deltatc.pack(W_enc)
+    state = (W_enc.data_ptr(), W_enc._version, W_enc.shape, W_enc.stride(), W_enc.dtype)
+    kept = _PACKED.get(W_enc)
+    if kept is None or kept[0] != state:
+        kept = _PACKED[W_enc] = (state, torch.ops.deltatc.pack(W_enc))
+    return kept[1]
+
+
+def _on_cpu(want_stats: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    x, W_enc, b_enc, threshold, W_dec, b_dec, delta_W_enc, *rest = arguments
+    # What the wrapper has said in better words, for those who call torch.ops directly.
+    for name, tensor in (("W_enc", W_enc), ("delta_W_enc", delta_W_enc)):
+        if tensor is not None and (x.dim() < 1 or tensor.shape[:-1] != x.shape[-1:]):
+            raise OpError(f"{name} is {_described(tensor)}; expected [d_model, d_sae] to fit x, {_described(x)}")
+    if not 0 < rest[-1] < math.inf:
+        raise OpError(f"bandwidth = {rest[-1]!r}; expected a finite number above 0")
+    packs = [None if tensor is None else packed(tensor) for tensor in (W_enc, delta_W_enc)]
+    return torch.ops.deltatc.transcode_packed(
+        x, packs[0], b_enc, threshold, W_dec, b_dec, packs[1], *rest[:-1], want_stats
+    )
+
+
+torch.library.impl("deltatc::transcode_stats", "CPU", lambda *arguments: _on_cpu(True, *arguments))
+torch.library.impl("deltatc::transcode", "CPU", lambda *arguments: _on_cpu(False, *arguments)[0])
 
 
 def plain_stats(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -150,7 +150,7 @@ def test_transcode_equals_the_oracle(case, selection):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16])
-@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_equals_the_oracle(kernel, dtype, monkeypatch):
     monkeypatch.setenv("DELTATC_CPU_KERNEL", kernel)
     try:
@@ -296,6 +296,49 @@ def test_in_place_updates_are_honoured():
         assert_close(transcode(x, base, delta), numpy_oracle(x, base, delta)[0])
 
 
+def test_packed_weights_are_kept_and_never_stale():
+    x, base, delta = make_case(20, 8, 70, 4, 0.5, FLOAT32)
+    kept = ops.packed(base.W_enc)
+    transcode(x, base, delta)
+    assert ops.packed(base.W_enc) is kept
+    changes = (
+        lambda W: W.mul_(1.25),
+        lambda W: W[3].zero_(),
+        lambda W: W.copy_(W.flip(1)),
+        lambda W: W.resize_(8, 70).add_(0.1),
+        lambda W: torch._foreach_add_([W], 0.5),
+        lambda W: W.set_(torch.randn(8, 70)),
+        lambda W: setattr(W, "data", torch.randn(8, 70)),
+    )
+    for change in changes:
+        change(base.W_enc)
+        assert_close(transcode(x, base, delta), numpy_oracle(x, base, delta)[0])
+    learning = torch.nn.Parameter(base.W_enc.clone())
+    with torch.no_grad():
+        assert ops.packed(learning) is not ops.packed(learning)
+    with torch.inference_mode():
+        born_here = base._replace(W_enc=torch.randn(8, 70))
+        transcode(x, born_here)
+        born_here.W_enc.mul_(0.5)
+        assert_close(transcode(x, born_here), numpy_oracle(x, born_here)[0])
+    held = len(ops._PACKED)
+    del kept, base, born_here, changes, change
+    assert len(ops._PACKED) < held
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (8, 32), (5, 100), (0, 40), (6, 0)])
+def test_pack_is_bit_exact(dtype, shape):
+    W_enc = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = ops.packed(W_enc.mT.contiguous().mT)  # any strides
+    per_step = 2 if dtype == BFLOAT16 else 1
+    rows = torch.zeros(-(-shape[0] // per_step) * per_step, -(-shape[1] // 32) * 32, dtype=dtype)
+    rows[: shape[0], : shape[1]] = W_enc
+    wanted = rows.view(rows.shape[0] // per_step, per_step, rows.shape[1] // 32, 32).permute(2, 0, 3, 1)
+    assert found.shape == wanted.shape[:3]
+    assert torch.equal(found.view(dtype).reshape(wanted.shape), wanted.contiguous())
+
+
 def test_empty_shapes_and_an_empty_base():
     x, base, delta = make_case(4, 8, 30, 5, 0.5, FLOAT32)
     for shape in ((0, 8), (3, 0, 8), (0, 2, 8)):
@@ -424,7 +467,7 @@ def test_a_direct_call_of_the_operator_raises_and_never_crashes(number):
     good = {"x": x, "base": base, "delta": delta, "alpha": 1.0, "k_base": 3, "k_delta": 2, "bandwidth": 1e-3}
     direct(good)
     bad = BAD[number][0](good)
-    with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
+    with pytest.raises((OpError, RuntimeError, TypeError, NotImplementedError)):
         direct(bad)
 
 

@@ -1,5 +1,6 @@
-// torch.ops.deltatc.transcode and transcode_stats on the CPU: float64, float32, bfloat16 (which computes in float32).
-// Parallel over blocks of tokens through torch's own thread pool; the instruction set is chosen when a call runs.
+// torch.ops.deltatc.transcode, transcode_stats and pack on the CPU: float64, float32, bfloat16 (which computes in
+// float32). Parallel through torch's own thread pool, over blocks of tokens, or over panels of latents where tokens are
+// few; the instruction set is chosen when a call runs.
 #include "transcode.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,32 +19,46 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../checks.h"
 
 namespace deltatc {
 
-constexpr int64_t kPanel = 256;      // latents encoded at a time
-constexpr int64_t kDepth = 256;      // rows of W_enc packed at a time; also the length of a float32 partial sum
-constexpr int64_t kGroup = 64;       // acts summed in Acc before they are added to the double total
-constexpr int64_t kMaxRows = 240;    // tokens of a block: enough that packing W_enc is cheap beside using it
+constexpr int64_t kStrip = 32;     // latents side by side in a packed W_enc
+constexpr int64_t kPanel = 256;    // latents encoded at a time
+constexpr int64_t kDepth = 1152;   // steps multiplied at a time; also the length of a float32 partial sum
+constexpr int64_t kGroup = 64;     // acts summed in Acc before they are added to the double total
+constexpr int64_t kFew = 128;      // up to so many tokens, threads share the latents instead of the tokens
+constexpr int64_t kMaxRows = 240;  // tokens of a block: so many use each weight while it is in cache
 constexpr int64_t kListBytes = 16 << 20;  // of all lists of a block; large k means fewer tokens a block
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+template <typename T>
+constexpr int64_t steps(int64_t d_model) {
+  return (d_model + kPerStep<T> - 1) / kPerStep<T>;
+}
+
+constexpr int64_t strips(int64_t width) { return (width + kStrip - 1) / kStrip; }
+
 template <typename Acc>
 struct Act {
   Acc value;
-  int64_t index;
+  int32_t index;
 };
 
 // One token's active latents not yet decoded, and the statistics of those that are.
 template <typename Acc>
 struct List {
-  Act<Acc>* acts;
-  int64_t size;
-  int64_t l0;
-  double l1;
+  Act<Acc>* acts = nullptr;
+  int64_t size = 0;
+  Acc floor = 0;  // what is not above it cannot be among the k largest any more
+  int64_t l0 = 0;
+  double l1 = 0.0;
 };
 
 inline int64_t list_capacity(int64_t width, int64_t k) {
@@ -51,19 +66,21 @@ inline int64_t list_capacity(int64_t width, int64_t k) {
 }
 
 template <typename Acc>
-void count_acts(List<Acc>& list) {
-  list.l0 += list.size;
-  for (int64_t i = 0; i < list.size; ++i) list.l1 += static_cast<double>(list.acts[i].value);
+void count_acts(List<Acc>& list, int64_t n) {
+  list.l0 += n;
+  for (int64_t i = 0; i < n; ++i) list.l1 += static_cast<double>(list.acts[i].value);
 }
 
-// Keeps the k largest (ties: lower index), in order of index.
+// Keeps the k largest (ties: lower index), in order of index. Later latents have higher indices, so a tie with the
+// k-th loses: only what is above it can still enter.
 template <typename Acc>
 void keep_largest(List<Acc>& list, int64_t k) {
-  if (list.size <= k) return;
+  if (list.size < k) return;
   Act<Acc>* end = list.acts + list.size;
-  std::nth_element(list.acts, list.acts + k, end, [](const Act<Acc>& a, const Act<Acc>& b) {
+  std::nth_element(list.acts, list.acts + (k - 1), end, [](const Act<Acc>& a, const Act<Acc>& b) {
     return a.value != b.value ? a.value > b.value : a.index < b.index;
   });
+  list.floor = list.acts[k - 1].value;
   list.size = k;
   std::sort(list.acts, list.acts + k, [](const Act<Acc>& a, const Act<Acc>& b) { return a.index < b.index; });
 }
@@ -83,18 +100,28 @@ class Scratch {
   V* data_;
 };
 
-// What one thread needs for a block of `rows` tokens.
-template <typename Acc>
-struct Workspace {
-  Workspace(int64_t rows, int64_t d_model, int64_t capacity)
-      : tokens(rows * d_model), latents(kDepth * kPanel), pre(rows * kPanel), acts(rows * capacity),
-        total(rows * d_model), broken(2 * rows), lists(rows) {}
-  Scratch<Acc> tokens, latents, pre;
-  Scratch<Act<Acc>> acts;
-  Scratch<double> total;
-  Scratch<bool> broken;
-  std::vector<List<Acc>> lists;
-};
+// W_enc [d_model, width], contiguous -> [strip][step][kStrip], zeros behind the last latent and the last row.
+template <typename T>
+void pack_latents(const T* W_enc, int64_t d_model, int64_t width, Packed<T>* packed) {
+  const int64_t n_steps = steps<T>(d_model);
+  torch::stable::parallel_for(0, strips(width), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kStrip, count = std::min(kStrip, width - first);
+      Packed<T>* out = packed + strip * n_steps * kStrip;
+      for (int64_t i = 0; i < d_model; i += kPerStep<T>, out += kStrip) {
+        const T* from = W_enc + i * width + first;
+        for (int64_t j = 0; j < kStrip; ++j) {
+          if constexpr (kPerStep<T> == 2) {
+            const uint32_t even = j < count ? from[j].x : 0, odd = j < count && i + 1 < d_model ? from[width + j].x : 0;
+            out[j] = even | odd << 16;
+          } else {
+            out[j] = j < count ? from[j] : T(0);
+          }
+        }
+      }
+    }
+  });
+}
 
 }  // namespace deltatc
 
@@ -102,6 +129,7 @@ struct Workspace {
 #define DTC_ISA generic
 #define DTC_BYTES 16
 #define DTC_ROWS 4
+#define DTC_DOT 0
 namespace deltatc {
 #include "transcode_block.inc"
 }
@@ -130,27 +158,39 @@ namespace deltatc {
 namespace deltatc {
 #include "transcode_block.inc"
 }
+#undef DTC_TARGET
+#undef DTC_ISA
+#undef DTC_DOT
+
+#define DTC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define DTC_ISA avx512bf16
+#define DTC_DOT 1
+namespace deltatc {
+#include "transcode_block.inc"
+}
 #endif
 
 namespace deltatc {
 
 namespace {
 
-enum class Isa { generic, avx2, avx512 };
+enum class Isa { generic, avx2, avx512, avx512bf16 };
 
 #if defined(__x86_64__)
-const std::vector<std::pair<const char*, Isa>> kCompiled = {
-    {"avx512", Isa::avx512}, {"avx2", Isa::avx2}, {"generic", Isa::generic}};
+const std::vector<std::pair<const char*, Isa>> kCompiled = {{"avx512bf16", Isa::avx512bf16},
+                                                            {"avx512", Isa::avx512},
+                                                            {"avx2", Isa::avx2},
+                                                            {"generic", Isa::generic}};
 #else
 const std::vector<std::pair<const char*, Isa>> kCompiled = {{"generic", Isa::generic}};
 #endif
 
 bool runs_here(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return isa == Isa::generic;
@@ -162,7 +202,7 @@ std::pair<const char*, Isa> chosen_isa() {
   for (const auto& isa : kCompiled) {
     if (runs_here(isa.second) && (wanted == nullptr || std::strcmp(wanted, isa.first) == 0)) return isa;
   }
-  STD_TORCH_CHECK(false, "DELTATC_CPU_KERNEL = ", wanted, "; expected generic, or avx2 or avx512 where the CPU has it");
+  STD_TORCH_CHECK(false, "DELTATC_CPU_KERNEL = ", wanted, "; expected generic, or avx2, avx512 or avx512bf16 where the CPU has it");
 }
 
 std::string cpu_kernels() {
@@ -174,48 +214,284 @@ std::string cpu_kernels() {
   return names;
 }
 
+// One instruction set's inner parts, by pointer.
 template <typename T>
-void run(const Transcode<T>& job) {
+struct Kernels {
   using Acc = Accumulator<T>;
-  constexpr int64_t kTile = 12;  // a multiple of every DTC_ROWS, so that a block's padded rows fit
+  int64_t tile_rows;
+  decltype(&generic::pack_tokens<T>) pack_tokens;
+  decltype(&generic::encode_panel<T>) encode_panel;
+  decltype(&generic::append_active<Acc>) append_active;
+  decltype(&generic::decode<T, Acc>) decode;
+};
+
+template <typename T>
+Kernels<T> kernels() {
+  using Acc = Accumulator<T>;
+#define DTC_KERNELS(isa, rows) \
+  Kernels<T> { rows, &isa::pack_tokens<T>, &isa::encode_panel<T>, &isa::append_active<Acc>, &isa::decode<T, Acc> }
+  switch (chosen_isa().second) {
+#if defined(__x86_64__)
+    case Isa::avx512bf16: return DTC_KERNELS(avx512bf16, 12);
+    case Isa::avx512: return DTC_KERNELS(avx512, 12);
+    case Isa::avx2: return DTC_KERNELS(avx2, 6);
+#endif
+    default: return DTC_KERNELS(generic, 4);
+  }
+#undef DTC_KERNELS
+}
+
+constexpr int64_t kTile = 12;  // a multiple of every instruction set's tile_rows, so that padded rows fit
+
+int64_t padded(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
+
+// Both parts, in the order in which they are computed.
+template <typename T>
+struct Scaled {
+  const Part<T>* part;
+  double scale;
+};
+
+template <typename T>
+std::vector<Scaled<T>> parts_of(const Transcode<T>& job) {
+  std::vector<Scaled<T>> parts = {{&job.base, 1.0}};
+  if (job.has_delta && (job.alpha != 0.0 || job.delta.l0 != nullptr)) parts.push_back({&job.delta, job.alpha});
+  return parts;
+}
+
+// A panel's b_enc and threshold in Acc; a negative threshold acts as 0.
+template <typename T>
+struct PanelBias {
+  using Acc = Accumulator<T>;
+  PanelBias(const Part<T>& part, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      bias[j] = static_cast<Acc>(part.b_enc[first + j]);
+      const Acc raw = static_cast<Acc>(part.threshold[first + j]);
+      threshold[j] = raw < 0 ? Acc(0) : raw;
+    }
+  }
+  Acc bias[kPanel], threshold[kPanel];
+};
+
+// total += scale * (acts @ W_dec); all acts of the list when `all`, else whole groups of kGroup. What remains moves to
+// the front, so that a row's groups are the same however often its list was emptied.
+template <typename T>
+void flush(const Kernels<T>& kernel, const Part<T>& part, int64_t d_model, double scale, bool all,
+           List<Accumulator<T>>& list, Accumulator<T>* sums, double* total) {
+  const int64_t n = all ? list.size : list.size / kGroup * kGroup;
+  count_acts(list, n);
+  if (scale != 0.0) kernel.decode(list.acts, n, part.W_dec, d_model, scale, sums, total);
+  std::copy(list.acts + n, list.acts + list.size, list.acts);
+  list.size -= n;
+}
+
+template <typename T>
+void add_b_dec(const Part<T>& part, int64_t d_model, double scale, double* total) {
+  if (scale == 0.0) return;
+  for (int64_t i = 0; i < d_model; ++i) total[i] += scale * static_cast<double>(static_cast<Accumulator<T>>(part.b_dec[i]));
+}
+
+template <typename T>
+void write_stats(const Part<T>& part, int64_t token, const List<Accumulator<T>>& list, bool broken) {
+  if (part.l0 == nullptr) return;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  part.l0[token] = broken ? nan : static_cast<float>(list.l0);
+  part.l1[token] = broken ? nan : static_cast<float>(list.l1);
+}
+
+template <typename T>
+void write_recon(const Transcode<T>& job, int64_t token, const double* total, bool broken) {
+  T* to = job.recon + token * job.d_model;
+  for (int64_t i = 0; i < job.d_model; ++i) {
+    to[i] = static_cast<T>(static_cast<Accumulator<T>>(broken ? std::numeric_limits<double>::quiet_NaN() : total[i]));
+  }
+}
+
+// Many tokens: each thread takes whole blocks of them through all latents.
+template <typename T>
+void run_blocks(const Transcode<T>& job) {
+  using Acc = Accumulator<T>;
+  const Kernels<T> kernel = kernels<T>();
+  const int64_t d_model = job.d_model;
   const int64_t capacity = std::max(list_capacity(job.base.width, job.base.k),
                                     list_capacity(job.delta.width, job.delta.k));
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t share = (job.tokens + threads - 1) / threads;
   const int64_t room = std::max<int64_t>(1, std::min(kMaxRows, kListBytes / int64_t(capacity * sizeof(Act<Acc>))));
   const int64_t rounds = std::max<int64_t>(1, (share + room - 1) / room);  // as many blocks for each thread
-  const int64_t rows = std::max<int64_t>(1, (share + rounds * kTile - 1) / (rounds * kTile)) * kTile;
-  const int64_t blocks = (job.tokens + rows - 1) / rows;
-  const auto run_block = [isa = chosen_isa().second](auto&&... arguments) {
-#if defined(__x86_64__)
-    if (isa == Isa::avx512) return avx512::run_block<T>(arguments...);
-    if (isa == Isa::avx2) return avx2::run_block<T>(arguments...);
-#endif
-    return generic::run_block<T>(arguments...);
-  };
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    Workspace<Acc> work(rows, job.d_model, capacity);
+  const int64_t block_rows = padded((share + rounds - 1) / rounds);
+  torch::stable::parallel_for(0, (job.tokens + block_rows - 1) / block_rows, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<Acc> tokens(block_rows * (d_model + 1)), pre(block_rows * kPanel), sums(d_model);
+    const Scratch<Act<Acc>> acts(block_rows * capacity);
+    const Scratch<double> total(block_rows * d_model);
+    const Scratch<bool> not_finite(block_rows), broken(block_rows), spoiled(block_rows);
+    std::vector<List<Acc>> lists(block_rows);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t token = block * rows;
-      run_block(job, token, std::min(rows, job.tokens - token), work);
+      const int64_t token = block * block_rows, rows = std::min(block_rows, job.tokens - token);
+      kernel.pack_tokens(job.x + token * d_model, rows, d_model, tokens.get(), not_finite.get());
+      std::fill_n(total.get(), rows * d_model, 0.0);
+      std::fill_n(spoiled.get(), rows, false);
+      for (const auto& [part, scale] : parts_of(job)) {
+        const bool limited = part->k < part->width;
+        std::copy_n(not_finite.get(), rows, broken.get());
+        for (int64_t row = 0; row < rows; ++row) {
+          lists[row] = {acts.get() + row * capacity};
+          add_b_dec(*part, d_model, scale, total.get() + row * d_model);
+        }
+        for (int64_t first = 0; first < part->width; first += kPanel) {
+          const int64_t count = std::min(kPanel, part->width - first);
+          kernel.encode_panel(part->packed + first * steps<T>(d_model), count, tokens.get(), rows, d_model, pre.get());
+          const PanelBias<T> panel(*part, first, count);
+          for (int64_t row = 0; row < rows; ++row) {
+            List<Acc>& list = lists[row];
+            if (list.size + count > capacity) {
+              if (limited) {
+                keep_largest(list, part->k);
+              } else {
+                flush(kernel, *part, d_model, scale, false, list, sums.get(), total.get() + row * d_model);
+              }
+            }
+            broken.get()[row] |= !kernel.append_active(pre.get() + row * kPanel, panel.bias, panel.threshold, first,
+                                                       count, list);
+          }
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+          if (limited) keep_largest(lists[row], part->k);
+          flush(kernel, *part, d_model, scale, true, lists[row], sums.get(), total.get() + row * d_model);
+          write_stats(*part, token + row, lists[row], broken.get()[row]);
+          spoiled.get()[row] |= scale != 0.0 && broken.get()[row];
+        }
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        write_recon(job, token + row, total.get() + row * d_model, spoiled.get()[row]);
+      }
     }
   });
 }
 
-// The five tensors of one part, contiguous. Held while the kernel reads their pointers.
+// The active latents of one panel for all tokens of run_few, token after token.
+template <typename T>
+struct PanelActs {
+  std::vector<Act<Accumulator<T>>> acts;
+  int64_t ends[kFew];
+  bool broken[kFew];
+};
+
+// Few tokens: the weights are read once and the threads share them, panel by panel; then each token is decoded.
+template <typename T>
+void run_few(const Transcode<T>& job) {
+  using Acc = Accumulator<T>;
+  const Kernels<T> kernel = kernels<T>();
+  const int64_t d_model = job.d_model, rows = job.tokens;
+  const auto parts = parts_of(job);
+  const Scratch<Acc> tokens(padded(rows) * (d_model + 1));
+  bool not_finite[kFew];
+  kernel.pack_tokens(job.x, rows, d_model, tokens.get(), not_finite);
+  std::vector<std::pair<const Part<T>*, int64_t>> todo;  // (part, first latent)
+  for (const auto& [part, scale] : parts) {
+    for (int64_t first = 0; first < part->width; first += kPanel) todo.emplace_back(part, first);
+  }
+  std::vector<PanelActs<T>> found(todo.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(todo.size()), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<Acc> pre(padded(rows) * kPanel);
+    const Scratch<Act<Acc>> acts(kPanel);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [part, first] = todo[i];
+      const int64_t count = std::min(kPanel, part->width - first);
+      kernel.encode_panel(part->packed + first * steps<T>(d_model), count, tokens.get(), rows, d_model, pre.get());
+      const PanelBias<T> panel(*part, first, count);
+      for (int64_t row = 0; row < rows; ++row) {
+        List<Acc> list{acts.get()};
+        found[i].broken[row] = !kernel.append_active(pre.get() + row * kPanel, panel.bias, panel.threshold, first,
+                                                     count, list);
+        if (part->k < part->width) keep_largest(list, part->k);
+        found[i].acts.insert(found[i].acts.end(), list.acts, list.acts + list.size);
+        found[i].ends[row] = static_cast<int64_t>(found[i].acts.size());
+      }
+    }
+  });
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(d_model);
+    std::vector<Acc> sums(d_model);
+    std::vector<Act<Acc>> acts;
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill(total.begin(), total.end(), 0.0);
+      bool spoiled = false;
+      for (const auto& [part, scale] : parts) {
+        bool broken = not_finite[row];
+        acts.clear();
+        for (size_t i = 0; i < todo.size(); ++i) {
+          if (todo[i].first != part) continue;
+          const auto from = found[i].acts.begin();
+          acts.insert(acts.end(), from + (row ? found[i].ends[row - 1] : 0), from + found[i].ends[row]);
+          broken |= found[i].broken[row];
+        }
+        List<Acc> list{acts.data(), static_cast<int64_t>(acts.size())};
+        if (part->k < part->width) keep_largest(list, part->k);
+        add_b_dec(*part, d_model, scale, total.data());
+        flush(kernel, *part, d_model, scale, true, list, sums.data(), total.data());
+        write_stats(*part, row, list, broken);
+        spoiled |= scale != 0.0 && broken;
+      }
+      write_recon(job, row, total.data(), spoiled);
+    }
+  });
+}
+
+template <typename T>
+void run(const Transcode<T>& job) {
+  if (job.tokens <= kFew) {
+    run_few(job);
+  } else {
+    run_blocks(job);
+  }
+}
+
+// `packed` as pack() makes it, for a W_enc [d_model, width] of x's dtype.
+void check_packed(const std::string& name, const Tensor& packed, const Tensor& x, int64_t d_model, int64_t width) {
+  using torch::headeronly::ScalarType;
+  const bool pairs = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t n_steps = pairs ? steps<c10::BFloat16>(d_model) : d_model;
+  STD_TORCH_CHECK(packed.scalar_type() == (pairs ? ScalarType::Int : x.scalar_type()) && packed.is_cpu() &&
+                      packed.is_contiguous() && packed.dim() == 3 && packed.size(0) == strips(width) &&
+                      packed.size(1) == n_steps && packed.size(2) == kStrip,
+                  name, " has shape ", shape_text(packed), "; expected what pack(W_enc) returns");
+}
+
+Tensor pack(Tensor W_enc) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(W_enc.dim() == 2 && W_enc.is_cpu(), "W_enc has shape ", shape_text(W_enc),
+                  "; expected [d_model, d_sae] on the CPU");
+  const int64_t d_model = W_enc.size(0), width = W_enc.size(1);
+  STD_TORCH_CHECK(width <= std::numeric_limits<int32_t>::max(), "W_enc has ", width, " latents; expected less than 2^31");
+  const Tensor rows = torch::stable::contiguous(W_enc);
+  const auto packed_as = [&](auto zero, ScalarType type) {
+    using T = decltype(zero);
+    const Tensor packed = torch::stable::empty({strips(width), steps<T>(d_model), kStrip}, type);
+    pack_latents<T>(static_cast<const T*>(rows.data_ptr()), d_model, width, static_cast<Packed<T>*>(packed.data_ptr()));
+    return packed;
+  };
+  switch (W_enc.scalar_type()) {
+    case ScalarType::Double: return packed_as(double(), ScalarType::Double);
+    case ScalarType::Float: return packed_as(float(), ScalarType::Float);
+    case ScalarType::BFloat16: return packed_as(c10::BFloat16(), ScalarType::Int);
+    default: STD_TORCH_CHECK(false, "W_enc has a dtype without a CPU kernel; expected float64, float32 or bfloat16");
+  }
+}
+
+// The tensors of one part, contiguous. Held while the kernel reads their pointers.
 struct PartTensors {
-  PartTensors(const char* prefix, const Tensor& x, const Tensor& enc, const Tensor& b_enc, const Tensor& threshold,
+  PartTensors(const char* prefix, const Tensor& x, const Tensor& packed, const Tensor& b_enc, const Tensor& threshold,
               const Tensor& dec, const Tensor& b_dec) {
     const auto name = [&](const char* field) { return std::string(prefix) + field; };
-    STD_TORCH_CHECK(enc.dim() == 2, name("W_enc"), " has shape ", shape_text(enc), "; expected [d_model, d_sae]");
     const int64_t d_model = x.size(x.dim() - 1);
-    width = enc.size(1);
-    check_like(name("W_enc").c_str(), enc, x, {d_model, width});
+    width = b_enc.numel();
+    check_packed(name("packed"), packed, x, d_model, width);
     check_like(name("b_enc").c_str(), b_enc, x, {width});
     check_like(name("threshold").c_str(), threshold, x, {width});
     check_like(name("W_dec").c_str(), dec, x, {width, d_model});
     check_like(name("b_dec").c_str(), b_dec, x, {d_model});
-    for (const Tensor* tensor : {&enc, &b_enc, &threshold, &dec, &b_dec}) {
+    for (const Tensor* tensor : {&packed, &b_enc, &threshold, &dec, &b_dec}) {
       tensors.push_back(torch::stable::contiguous(*tensor));
     }
   }
@@ -223,7 +499,8 @@ struct PartTensors {
   template <typename T>
   Part<T> part(const std::optional<int64_t>& k) const {
     const auto pointer = [&](int i) { return static_cast<const T*>(tensors[i].data_ptr()); };
-    return {pointer(0), pointer(1), pointer(2), pointer(3), pointer(4), width, k.value_or(width)};
+    return {static_cast<const Packed<T>*>(tensors[0].data_ptr()), pointer(1), pointer(2), pointer(3), pointer(4), width,
+            k.value_or(width)};
   }
 
   std::vector<Tensor> tensors;
@@ -234,27 +511,25 @@ using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeInt = std::optional<int64_t>;
 
-Stats run_checked(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& threshold,
-                  const Tensor& W_dec, const Tensor& b_dec, const MaybeTensor& delta_W_enc,
-                  const MaybeTensor& delta_b_enc, const MaybeTensor& delta_threshold, const MaybeTensor& delta_W_dec,
-                  const MaybeTensor& delta_b_dec, const Tensor& alpha, const MaybeInt& k_base,
-                  const MaybeInt& k_delta, double bandwidth, bool want_stats) {
+Stats transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,
+                       MaybeTensor delta_packed, MaybeTensor delta_b_enc, MaybeTensor delta_threshold,
+                       MaybeTensor delta_W_dec, MaybeTensor delta_b_dec, Tensor alpha, MaybeInt k_base,
+                       MaybeInt k_delta, bool want_stats) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() >= 1, "x is a scalar; expected [..., d_model]");
   STD_TORCH_CHECK(x.is_cpu(), "x is not on the CPU");
   STD_TORCH_CHECK(alpha.dim() == 0 && alpha.is_cpu(), "alpha has shape ", shape_text(alpha),
                   "; expected a scalar [] on the CPU");
-  STD_TORCH_CHECK(std::isfinite(bandwidth) && bandwidth > 0, "bandwidth = ", bandwidth, "; expected more than 0");
-  const PartTensors base("", x, W_enc, b_enc, threshold, W_dec, b_dec);
+  const PartTensors base("", x, packed, b_enc, threshold, W_dec, b_dec);
   check_k("k_base", k_base, base.width);
-  const bool has_delta = delta_W_enc.has_value();
+  const bool has_delta = delta_packed.has_value();
   for (const MaybeTensor* tensor : {&delta_b_enc, &delta_threshold, &delta_W_dec, &delta_b_dec}) {
     STD_TORCH_CHECK(tensor->has_value() == has_delta, "the delta_* tensors: expected all five or none");
   }
   STD_TORCH_CHECK(has_delta || !k_delta, "k_delta is given without a delta");
   std::optional<PartTensors> delta;
   if (has_delta) {
-    delta.emplace("delta_", x, *delta_W_enc, *delta_b_enc, *delta_threshold, *delta_W_dec, *delta_b_dec);
+    delta.emplace("delta_", x, *delta_packed, *delta_b_enc, *delta_threshold, *delta_W_dec, *delta_b_dec);
     check_k("k_delta", k_delta, delta->width);
   }
 
@@ -300,28 +575,12 @@ Stats run_checked(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
   return {recon, stats[0], stats[1], stats[2], stats[3]};
 }
 
-Tensor transcode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,
-                 MaybeTensor delta_W_enc, MaybeTensor delta_b_enc, MaybeTensor delta_threshold,
-                 MaybeTensor delta_W_dec, MaybeTensor delta_b_dec, Tensor alpha, MaybeInt k_base, MaybeInt k_delta,
-                 double bandwidth) {
-  return std::get<0>(run_checked(x, W_enc, b_enc, threshold, W_dec, b_dec, delta_W_enc, delta_b_enc, delta_threshold,
-                                 delta_W_dec, delta_b_dec, alpha, k_base, k_delta, bandwidth, false));
-}
-
-Stats transcode_stats(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,
-                      MaybeTensor delta_W_enc, MaybeTensor delta_b_enc, MaybeTensor delta_threshold,
-                      MaybeTensor delta_W_dec, MaybeTensor delta_b_dec, Tensor alpha, MaybeInt k_base,
-                      MaybeInt k_delta, double bandwidth) {
-  return run_checked(x, W_enc, b_enc, threshold, W_dec, b_dec, delta_W_enc, delta_b_enc, delta_threshold, delta_W_dec,
-                     delta_b_dec, alpha, k_base, k_delta, bandwidth, true);
-}
-
 }  // namespace
 }  // namespace deltatc
 
 STABLE_TORCH_LIBRARY_IMPL(deltatc, CPU, m) {
-  m.impl("transcode", TORCH_BOX(&deltatc::transcode));
-  m.impl("transcode_stats", TORCH_BOX(&deltatc::transcode_stats));
+  m.impl("pack", TORCH_BOX(&deltatc::pack));
+  m.impl("transcode_packed", TORCH_BOX(&deltatc::transcode_packed));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltatc, CompositeExplicitAutograd, m) {
