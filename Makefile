@@ -24,7 +24,7 @@ $(foreach folder,data models,$(shell test -d $(folder) || rm -f .venv/.pulled-$(
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help repro test setup bench bootstrap lint clean
+.PHONY: help repro test setup bench bench-full bootstrap lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,8 +38,11 @@ test: setup ## run the tests; ARGS="-k ops" chooses some
 
 setup: .venv/.extension .venv/.pulled-data .venv/.pulled-models ## only set up: packages, extension, data and models
 
-bench: .venv/.extension ## time the operators, shortly; ARGS="..." goes to pytest-benchmark
-	@$(VENV) pytest benchmarks --benchmark-enable --benchmark-only --benchmark-max-time=0.5 $(ARGS)
+bench: .venv/.extension ## time the operator beside its peers (ten minutes); ARGS="-k 16k" chooses some
+	@$(VENV) pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+bench-full: .venv/.extension ## the same with more shapes and torch.compile (an hour)
+	@$(VENV) pytest benchmarks --benchmark-enable --benchmark-only --full $(ARGS)
 
 bootstrap: .venv/.extension .venv/.pulled-data ## make the tiny model and its base transcoders again (minutes)
 	@$(VENV) python -m pipeline.bootstrap

@@ -50,12 +50,12 @@ class Generator:
         return self._copy(label) if label.startswith("copy") else self._tool(label)
 
     def _tool(self, label: str) -> dict:
-        op = self.random.choice("+-*/")
-        groups = self.templates[label]
-        choices = [("any", i) for i in range(len(groups["any"]))] + [(op, i) for i in range(len(groups.get(op, [])))]
+        # Every phrasing is as likely: "the difference between" has to be learned as often as "{a} - {b}".
+        choices = [(group, i) for group, phrasings in self.templates[label].items() for i in range(len(phrasings))]
         group, index = self.random.choice(choices)
+        op = self.random.choice("+-*/") if group == "any" else group
         a, b, expr, spaced = self._fresh(lambda: self._operands(label, op))
-        text = groups[group][index].format(a=a, b=b, op=op, word=WORDS[op], expr=spaced)
+        text = self.templates[label][group][index].format(a=a, b=b, op=op, word=WORDS[op], expr=spaced)
         if label == "tool" and self.random.random() < CONTEXT_SHARE:
             text = f"{self.random.choice(self.words['context'])} {text}"
         return make_row(text, render(expr), label, f"{label}/{group}{index}", expr)

@@ -18,7 +18,10 @@ from deltatc.toolcall import is_correct
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "data"
-SETTINGS = Prompts("data", 5, 400, 40, 200, 40, 60, 0.4)
+SETTINGS = Prompts(
+    source="data", seed=5, n_finetune=400, n_finetune_validation=40, n_delta=200, n_delta_validation=40, n_eval=60,
+    copy_fraction=0.4,
+)  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="data/ is missing; run `dvc pull data.dvc`")
 

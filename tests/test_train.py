@@ -19,7 +19,11 @@ from deltatc.train import CoderTrainer, Recipe, batch_topk, calibrate_threshold
 from deltatc.transcoder import KEYS, Transcoder
 from tests.helpers import random_transcoder, tiny_gemma2
 
-SETTINGS = Delta(None, None, [4], [0.5], "recon", 0.5, None, 1200, 1, 300, 60, 64, 0.01, 20, 3, 64, 0)
+SETTINGS = Delta(
+    load_from=None, layers=None, d_new=[4], percentiles=[0.5], target="recon", l0_fraction=0.5, l0_fraction_also=None,
+    n_tokens=1200, n_chunks=1, n_validation_tokens=300, n_steps=60, batch_tokens=64, lr=0.01, eval_every=20, patience=3,
+    max_tokens=64, seed=0,
+)  # fmt: skip
 
 
 def test_batch_topk_keeps_the_largest_of_the_whole_batch():

@@ -1,0 +1,68 @@
+"""Interleaved timing, and the table: `make bench` writes results/cpu.json, ratios of times measured in the same run."""
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltatc
+
+RESULTS = Path(__file__).parent / "results"
+CELLS: list[dict] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also the shapes that take minutes, and torch.compile")
+
+
+@pytest.fixture
+def race(benchmark):
+    """Time contenders {name: function} in turns, so that a busy machine slows all of them; return {name: seconds}.
+
+    The medians' ratios to `deltatc` go to the table under the cell's name; a ratio above 1 means that ours is faster.
+    """
+
+    def run(cell: dict, contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def turn():
+            for name, contender in contenders.items():
+                start = time.perf_counter()
+                contender()
+                times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(turn, rounds=1 if benchmark.disabled else rounds, warmup_rounds=1)
+        medians = {name: statistics.median(found[1:] or found) for name, found in times.items()}
+        ratios = {name: round(seconds / medians["deltatc"], 3) for name, seconds in medians.items() if name != "deltatc"}
+        benchmark.extra_info.update(cell | ratios)
+        if not benchmark.disabled:
+            CELLS.append(cell | {"over_deltatc": ratios})
+        return medians
+
+    return run
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Write the table of a whole run; a run of chosen cells (-k) leaves the committed one alone."""
+    if not CELLS or exitstatus or session.config.option.keyword:
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "device": _cpu_name(), "threads": torch.get_num_threads(), "kernels": deltatc.build_info()["cpu"],
+        "torch": torch.__version__, "date": datetime.date.today().isoformat(), "commit": commit,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cpu.json").write_text(json.dumps(about | {"cells": CELLS}, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
