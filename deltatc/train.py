@@ -3,6 +3,10 @@
 A CoderTrainer sees batches of (x, target) and knows nothing of models, layers or files; harvest.py makes the batches.
 BatchTopK: Bussmann, Leask & Nanda 2024, arXiv 2412.06410. The auxiliary loss for dead latents: Gao et al. 2024,
 arXiv 2406.04093, section A.2.
+
+Straight-through JumpReLU with a penalty on L0 was compared on the default study's deltas (four layers, d_new 64, delta
+L0 16 and 32, two seeds, bandwidths 0.03 to 0.3, one- and two-sided penalties, from the start or after half the steps of
+BatchTopK). BatchTopK had the lower validation FVU in all eight cells, by 0.3 to 7 %; what started from it ended equal.
 """
 
 import math
