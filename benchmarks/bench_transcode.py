@@ -22,9 +22,7 @@ FULL = {"16k": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048), "65k": (1, 8, 32, 
 
 
 def cases(tokens, inputs):
-    return [
-        (shape, dtype, kind, n) for shape in tokens for dtype in DTYPES for kind in inputs for n in tokens[shape]
-    ]
+    return [(shape, dtype, kind, n) for shape in tokens for dtype in DTYPES for kind in inputs for n in tokens[shape]]
 
 
 @functools.lru_cache(maxsize=1)  # cells of one shape follow each other; two sets of weights would not fit in memory
@@ -33,7 +31,7 @@ def weights(shape, dtype, inputs, d_model):
     draw = torch.Generator().manual_seed(0)
     width = d_sae + d_new
     rate = torch.ones(width) if inputs == "random" else 1 / (torch.arange(width) + 10.0)
-    rate = (rate / rate.sum() * ACTIVE).clamp(max=0.9)
+    rate = (rate / rate.sum() * ACTIVE).clamp(max=0.5)  # more often would be a negative threshold, which acts as 0
     rate = rate[torch.randperm(width, generator=draw)]
     # On standard normal tokens pre_acts are standard normal: a latent with this threshold fires at its rate.
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(1 - rate.double()).float()
@@ -110,10 +108,11 @@ def check(race, benchmark, case, full):
     base, delta, joined = weights("tiny" if benchmark.disabled else shape, dtype, inputs, d_model)
     x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
     with torch.no_grad():
-        wanted = eager_dense(x.float(), {name: tensor.float() for name, tensor in joined.items()}) if tokens < 64 else None
-        if wanted is not None:  # bfloat16 pre_acts may fall on the other side of a threshold
-            difference = (transcode(x, base, delta).float() - wanted).norm() / wanted.norm()
-            assert difference < (1e-4 if dtype == "float32" else 0.3)
+        rows = x[:8]
+        wanted = eager_dense(rows, joined).float()
+        difference = (transcode(rows, base, delta).float() - wanted).norm() / wanted.norm()
+        # The chain rounds pre_acts to bfloat16 before it compares them, so a few latents a token flip.
+        assert difference < (1e-4 if dtype == "float32" else 0.3)
         rounds = 31 if tokens <= 8 else 9 if tokens <= 128 else 5
         cell = {"d_sae": shape, "dtype": dtype, "inputs": inputs, "tokens": tokens}
         race(cell, contenders(x, base, delta, joined, full), rounds)

@@ -40,7 +40,8 @@ def race(benchmark):
 
         benchmark.pedantic(turn, rounds=1 if benchmark.disabled else rounds, warmup_rounds=1)
         medians = {name: statistics.median(found[1:] or found) for name, found in times.items()}
-        ratios = {name: round(seconds / medians["deltatc"], 3) for name, seconds in medians.items() if name != "deltatc"}
+        ours = medians["deltatc"]
+        ratios = {name: round(seconds / ours, 3) for name, seconds in medians.items() if name != "deltatc"}
         benchmark.extra_info.update(cell | ratios)
         if not benchmark.disabled:
             CELLS.append(cell | {"over_deltatc": ratios})
@@ -60,6 +61,32 @@ def pytest_sessionfinish(session, exitstatus):
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "cpu.json").write_text(json.dumps(about | {"cells": CELLS}, indent=1) + "\n")
+    plot(CELLS, RESULTS / "cpu.png")
+
+
+def plot(cells: list[dict], path: Path) -> None:
+    """Draw time against tokens, in units of the encoder's bare matrix product, on inputs with Zipf-like latents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    wide = [(shape, dtype) for shape in ("16k", "65k") for dtype in ("float32", "bfloat16")]
+    figure, axes = plt.subplots(1, len(wide), figsize=(4 * len(wide), 3.4), sharey=True, layout="constrained")
+    for axis, (shape, dtype) in zip(axes, wide, strict=True):
+        chosen = [c for c in cells if (c["d_sae"], c["dtype"], c["inputs"]) == (shape, dtype, "zipf")]
+        found = {cell["tokens"]: cell["over_deltatc"] for cell in chosen}
+        tokens = sorted(found)
+        names = {"eager_dense": "two dense products", "eager_sparse": "topk + embedding_bag", "deltatc": "deltatc"}
+        for name, label in names.items():
+            times = [found[n].get(name, 1.0) / found[n]["gemm"] for n in tokens]
+            axis.plot(tokens, times, marker="o", label=label)
+        axis.axhline(1.0, color="grey", linestyle="--", label="encoder's product alone")
+        axis.set(title=f"{shape} latents, {dtype}", xlabel="tokens", xscale="log", ylim=(0, None))
+    axes[0].set_ylabel("time / bare matrix product")
+    axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _cpu_name() -> str:

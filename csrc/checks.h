@@ -30,7 +30,7 @@ inline void check_like(const char* name, const Tensor& tensor, const Tensor& x, 
   }
   STD_TORCH_CHECK(fits, name, " has shape ", shape_text(tensor), "; expected [", wanted, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " and x are of different dtypes");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU, where x is");
+  STD_TORCH_CHECK(tensor.is_cpu() == x.is_cpu(), name, " and x are on different devices");
 }
 
 inline void check_k(const char* name, const std::optional<int64_t>& k, int64_t width) {

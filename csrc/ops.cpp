@@ -1,6 +1,6 @@
-// Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/transcode.cpp);
-// deltatc/ops.py adds the fake kernels, autograd, the checks that name the argument, and on the CPU the packed weights:
-// there transcode is transcode_packed with pack(W_enc), which is kept until W_enc changes.
+// Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/transcode.cpp,
+// cuda/binding.cpp); deltatc/ops.py adds the fake kernels, autograd, the checks that name the argument, and the packed
+// weights: transcode is transcode_packed with what pack(W_enc) made, which is kept until W_enc changes.
 //
 // Contract (T = the dtype of x: float64, float32 or bfloat16; all tensors on one device, any strides)
 //
@@ -23,6 +23,8 @@
 //                                               tensor where `needed` is false
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #define TRANSCODE_INPUTS                                                                          \
   "Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "          \
   "Tensor? delta_W_enc, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "      \
@@ -33,11 +35,46 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("transcode_stats(" TRANSCODE_INPUTS
         ") -> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   m.def("transcode_backward(Tensor grad, " TRANSCODE_INPUTS ", bool[] needed) -> Tensor[] gradients");
-  // W_enc as the CPU kernel reads it: [strips of 32 latents, steps, 32], int32 pairs for bfloat16; zeros behind the end
+  // W_enc as the CPU kernel reads it: [strips of 32 latents, steps, 32], int32 pairs for bfloat16; zeros behind the end.
+  // The CUDA kernels read [d_sae, d_model], contiguous.
   m.def("pack(Tensor W_enc) -> Tensor packed");
   m.def("transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "
         "Tensor? delta_packed, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "
         "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
         "-> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
+  // A token's acts in the order of their latents: values [..., capacity] T, indices [..., capacity] int32, counts [...]
+  // int32, zeros behind counts. JumpReLU: capacity None is the largest count; a count over capacity raises. TopK: the k
+  // largest positive pre_acts (ties: lower index). A non-finite row is one act, NaN, so that decoding it gives NaN.
+  m.def("encode_jumprelu(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, int? capacity) "
+        "-> (Tensor values, Tensor indices, Tensor counts)");
+  m.def("encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices, Tensor counts)");
+  m.def("encode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, int? k, int? capacity) "
+        "-> (Tensor values, Tensor indices, Tensor counts)");
+  // acts @ W_dec + b_dec + alpha * (delta_acts @ delta_W_dec + delta_b_dec): another alpha encodes nothing again
+  m.def("decode(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, "
+        "Tensor? delta_indices, Tensor? delta_counts, Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha) "
+        "-> Tensor recon");
+  // The delta's gradients in float32, on CUDA devices (cuda/backward.cu); bit i of `needed`: the i-th is wanted, else empty
+  m.def("delta_backward(Tensor grad, Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, "
+        "Tensor b_dec, Tensor alpha, float bandwidth, int needed) "
+        "-> (Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, Tensor alpha)");
   m.def("cpu_kernels() -> str");  // instruction sets compiled in, the one in use first
+  m.def("cuda_build() -> str");   // "nvcc's release+architecture+...", or "" without CUDA
 }
+
+namespace {
+
+#define DTC_TEXT(tokens) #tokens
+#define DTC_TEXT_OF(macro) DTC_TEXT(macro)
+
+std::string cuda_build() {
+#ifdef DELTATC_CUDA
+  return DTC_TEXT_OF(DELTATC_CUDA);  // set by setup.py
+#else
+  return "";
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deltatc, CompositeExplicitAutograd, m) { m.impl("cuda_build", TORCH_BOX(&cuda_build)); }

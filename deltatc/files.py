@@ -109,6 +109,11 @@ def write_manifest(folder: str | Path, path: str | Path) -> tuple[int, int]:
 def check_manifest(folder: str | Path, path: str | Path) -> None:
     """Refuse a folder whose files are not those of its manifest, by name and size (a folder is its own manifest)."""
     folder, path = Path(folder), Path(path)
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is missing; expected the folder of a model or of transcoders there: run `dvc pull data.dvc "
+            f"models.dvc` for the embedded ones, or download yours as the first lines of params.yaml say"
+        )
     if path.is_dir():
         return
     if not path.is_file():

@@ -85,26 +85,25 @@ def transcode_stats(
 
 def encode(x: Tensor, weights: Weights, k: int | None = None) -> Tensor:
     """Return dense acts [..., d_sae] of x [..., d_model], in plain torch; the threshold gets no gradient."""
-    _check_x(x)
+    check_x(x)
     _check_weights("weights", weights, x)
-    _check_k("k", k, weights.b_enc.shape[0])
+    check_k("k", k, weights.b_enc.shape[0])
     return encode_dense(x, weights, k)[0]
 
 
 def decode(acts: Tensor, weights: Weights) -> Tensor:
     """Return recon [..., d_model] of dense acts [..., d_sae], in plain torch."""
     if not isinstance(acts, Tensor) or acts.dim() < 1 or acts.shape[-1] != weights.W_dec.shape[0]:
-        raise OpError(f"acts is {_described(acts)}; expected [..., d_sae = {weights.W_dec.shape[0]}]")
+        raise OpError(f"acts is {described(acts)}; expected [..., d_sae = {weights.W_dec.shape[0]}]")
     if acts.dtype != weights.W_dec.dtype or acts.device != weights.W_dec.device:
-        raise OpError(
-            f"acts is {_described(acts)}; expected the dtype and device of W_dec, {_described(weights.W_dec)}"
-        )
+        raise OpError(f"acts is {described(acts)}; expected the dtype and device of W_dec, {described(weights.W_dec)}")
     return decode_dense(acts, weights)
 
 
 def build_info() -> dict[str, Any]:
     """Say what was built: CUDA, architectures, compiler; CPU instruction sets, the one in use first."""
-    return {"cuda": False, "archs": [], "nvcc": None, "cpu": torch.ops.deltatc.cpu_kernels().split()}
+    nvcc, *archs = torch.ops.deltatc.cuda_build().split("+")
+    return {"cuda": bool(nvcc), "archs": archs, "nvcc": nvcc or None, "cpu": torch.ops.deltatc.cpu_kernels().split()}
 
 
 def _arguments(
@@ -117,21 +116,21 @@ def _arguments(
     bandwidth: float,
 ) -> tuple[Any, ...]:
     """Check everything, and return the operator's arguments."""
-    _check_x(x)
+    check_x(x)
     if x.device.type not in ("cpu", "cuda"):
         raise OpError(f"x is on {x.device}; expected the CPU or a CUDA device")
     _check_weights("base", base, x)
-    _check_k("k_base", k_base, base.b_enc.shape[0])
+    check_k("k_base", k_base, base.b_enc.shape[0])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in base):
         raise OpError(BASE_IS_FROZEN)
     if delta is not None:
         _check_weights("delta", delta, x)
-        _check_k("k_delta", k_delta, delta.b_enc.shape[0])
+        check_k("k_delta", k_delta, delta.b_enc.shape[0])
     elif k_delta is not None:
         raise OpError(f"k_delta = {k_delta!r} without a delta; expected None")
     if isinstance(alpha, Tensor):
         if alpha.dim() != 0 or not alpha.is_floating_point() or alpha.device != x.device:
-            raise OpError(f"alpha is {_described(alpha)}; expected a number or a floating-point scalar tensor beside x")
+            raise OpError(f"alpha is {described(alpha)}; expected a number or a floating-point scalar tensor beside x")
     elif isinstance(alpha, (int, float)) and math.isfinite(alpha):
         alpha = torch.full((), alpha, dtype=torch.float64, device=x.device)
     else:
@@ -141,30 +140,30 @@ def _arguments(
     return (x, *base, *(delta or (None,) * 5), alpha, k_base, k_delta, bandwidth)
 
 
-def _check_x(x: Tensor) -> None:
+def check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dim() < 1 or x.dtype not in DTYPES:
-        raise OpError(f"x is {_described(x)}; expected a [..., d_model] tensor of float64, float32 or bfloat16")
+        raise OpError(f"x is {described(x)}; expected a [..., d_model] tensor of float64, float32 or bfloat16")
 
 
 def _check_weights(name: str, weights: Weights, x: Tensor) -> None:
     if not isinstance(weights, Weights) or not all(isinstance(tensor, Tensor) for tensor in weights):
         raise OpError(f"{name} is {type(weights).__name__}; expected Weights of five tensors")
     if weights.W_enc.dim() != 2:
-        raise OpError(f"{name}.W_enc is {_described(weights.W_enc)}; expected [d_model, d_sae]")
+        raise OpError(f"{name}.W_enc is {described(weights.W_enc)}; expected [d_model, d_sae]")
     d_model, width = x.shape[-1], weights.W_enc.shape[1]
     shapes = ((d_model, width), (width,), (width,), (width, d_model), (d_model,))
     for field, tensor, shape in zip(Weights._fields, weights, shapes, strict=True):
         if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
             expected = f"{x.dtype} {list(shape)} on {x.device}"
-            raise OpError(f"{name}.{field} is {_described(tensor)}; expected {expected} to fit x")
+            raise OpError(f"{name}.{field} is {described(tensor)}; expected {expected} to fit x")
 
 
-def _check_k(name: str, k: int | None, width: int) -> None:
+def check_k(name: str, k: int | None, width: int) -> None:
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= width):
         raise OpError(f"{name} = {k!r}; expected None, or a whole number from 1 to {width}, the latents")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     return f"{value.dtype} {list(value.shape)} on {value.device}"
@@ -184,41 +183,39 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def packed(W_enc: Tensor) -> Tensor:
-    """Return W_enc as the CPU kernel reads it; of a frozen one it is kept until W_enc is freed or changed in place.
+    """Return W_enc as a kernel reads it; of a frozen one it is kept until W_enc is freed or changed in place.
 
     A change is seen by the tensor's version counter, which every operation on the tensor itself raises; what writes
     around it (`W_enc.data.mul_()`, NumPy on shared memory) is not seen, as autograd does not see it either. What is
     being trained is packed at every call: a delta is small.
     """
     if W_enc.requires_grad or W_enc.is_inference():  # the latter counts no versions
-        return torch.ops.deltatc.pack(W_enc)
+        return _pack(W_enc)
     state = (W_enc.data_ptr(), W_enc._version, W_enc.shape, W_enc.stride(), W_enc.dtype)
     kept = _PACKED.get(W_enc)
     if kept is None or kept[0] != state:
-        kept = _PACKED[W_enc] = (state, torch.ops.deltatc.pack(W_enc))
+        kept = _PACKED[W_enc] = (state, _pack(W_enc))
     return kept[1]
 
 
-def _on_cpu(want_stats: bool, *arguments: Any) -> tuple[Tensor, ...]:
+def _pack(W_enc: Tensor) -> Tensor:
+    return W_enc.detach().t().contiguous() if W_enc.is_cuda else torch.ops.deltatc.pack(W_enc)
+
+
+def _by_kernel(kernels: Any, want_stats: bool, *arguments: Any) -> tuple[Tensor, ...]:
     x, W_enc, b_enc, threshold, W_dec, b_dec, delta_W_enc, *rest = arguments
     # What the wrapper has said in better words, for those who call torch.ops directly.
     for name, tensor in (("W_enc", W_enc), ("delta_W_enc", delta_W_enc)):
         if tensor is not None and (x.dim() < 1 or tensor.shape[:-1] != x.shape[-1:]):
-            raise OpError(f"{name} is {_described(tensor)}; expected [d_model, d_sae] to fit x, {_described(x)}")
+            raise OpError(f"{name} is {described(tensor)}; expected [d_model, d_sae] to fit x, {described(x)}")
     if not 0 < rest[-1] < math.inf:
         raise OpError(f"bandwidth = {rest[-1]!r}; expected a finite number above 0")
     packs = [None if tensor is None else packed(tensor) for tensor in (W_enc, delta_W_enc)]
-    return torch.ops.deltatc.transcode_packed(
-        x, packs[0], b_enc, threshold, W_dec, b_dec, packs[1], *rest[:-1], want_stats
-    )
-
-
-torch.library.impl("deltatc::transcode_stats", "CPU", lambda *arguments: _on_cpu(True, *arguments))
-torch.library.impl("deltatc::transcode", "CPU", lambda *arguments: _on_cpu(False, *arguments)[0])
+    return kernels.transcode_packed(x, packs[0], b_enc, threshold, W_dec, b_dec, packs[1], *rest[:-1], want_stats)
 
 
 def plain_stats(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """transcode_stats by its plain-torch definition, in chunks of tokens: for devices without a kernel of their own."""
+    """transcode_stats by its plain-torch definition, in chunks of tokens: where a device has no kernel for it."""
     *weights, alpha, k_base, k_delta, bandwidth = rest
     base, delta = Weights(*weights[:5]), None if weights[5] is None else Weights(*weights[5:])
     rows = x.reshape(-1, x.shape[-1])
@@ -228,8 +225,23 @@ def plain_stats(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return recon.reshape(x.shape), *(stat.reshape(x.shape[:-1]) for stat in stats)
 
 
-torch.library.impl("deltatc::transcode_stats", "CUDA", plain_stats)
-torch.library.impl("deltatc::transcode", "CUDA", lambda *arguments: plain_stats(*arguments)[0])
+def cuda_kernels_take(x: Tensor, *ks: int | None) -> bool:
+    """Whether csrc/cuda/ computes this: built, bfloat16, d_model a multiple of 8 up to 8192, k up to 4096."""
+    d_model = x.shape[-1]
+    fits = x.dtype == torch.bfloat16 and 8 <= d_model <= 8192 and d_model % 8 == 0
+    return CUDA_KERNELS is not None and fits and all(k is None or k <= 4096 for k in ks)
+
+
+def _on_cuda(want_stats: bool, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if not cuda_kernels_take(x, *rest[11:13]):
+        return plain_stats(x, *rest)
+    return _by_kernel(CUDA_KERNELS, want_stats, x, *rest)
+
+
+CUDA_KERNELS: Any = torch.ops.deltatc if build_info()["cuda"] else None
+for _device, _run in (("CPU", lambda *arguments: _by_kernel(torch.ops.deltatc, *arguments)), ("CUDA", _on_cuda)):
+    torch.library.impl("deltatc::transcode_stats", _device, lambda *a, _run=_run: _run(True, *a))
+    torch.library.impl("deltatc::transcode", _device, lambda *a, _run=_run: _run(False, *a)[0])
 
 
 @torch.library.register_fake("deltatc::transcode")
@@ -253,6 +265,8 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     """Gradients of x, the delta's five tensors and alpha, in float32 or wider, over chunks of tokens."""
     *weights, alpha, k_base, k_delta, bandwidth, needed = rest
     inputs = [x if t is None else t for t in (x, *weights[5:], alpha)]
+    if x.is_cuda and weights[5] is not None and k_delta is None and not needed[0] and cuda_kernels_take(x):
+        return delta_gradients(grad, x, Weights(*weights[5:]), alpha, bandwidth, needed)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = [t.new_zeros(t.shape if n else 0, dtype=wide) for t, n in zip(inputs, needed, strict=True)]
     base, delta = weights[:5], weights[5:]
@@ -275,6 +289,16 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
                 if gradient is not None:
                     target += gradient
     return [s.to(t.dtype) for t, s in zip(inputs, sums, strict=True)]
+
+
+def delta_gradients(
+    grad: Tensor, x: Tensor, delta: Weights, alpha: Tensor, bandwidth: float, needed: list[bool]
+) -> list[Tensor]:
+    """transcode_backward by csrc/cuda/backward.cu, where x needs no gradient and no k limits the delta."""
+    wanted = sum(need << i for i, need in enumerate(needed[1:]))
+    arguments = (grad, x, packed(delta.W_enc), *delta[1:], alpha, bandwidth, wanted)
+    found = CUDA_KERNELS.delta_backward(*arguments)
+    return [x.new_empty(0), *(f.to(t.dtype) for f, t in zip(found, (*delta, alpha), strict=True))]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

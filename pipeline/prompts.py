@@ -6,14 +6,18 @@ from stage import METRICS, PROMPTS, run
 
 from deltatc.config import load_params
 from deltatc.external import external_splits
-from deltatc.files import write_json, write_jsonl
+from deltatc.files import check_manifest, write_json, write_jsonl
 from deltatc.prompts import Prompted, counts, generate_splits
 
 OWN_DATA = Path("data")
 
 
 def main() -> None:
-    settings = load_params().prompts
+    params = load_params()
+    # Before any work: of a manifest that is missing later, DVC would say no more than its name.
+    check_manifest(params.model.path, params.model.manifest)
+    check_manifest(params.transcoders.path, params.transcoders.manifest)
+    settings = params.prompts
     if Path(settings.source) == OWN_DATA:
         prompted = Prompted(generate_splits(OWN_DATA, settings), {})
     else:

@@ -32,6 +32,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except DeltatcError as error:
         sys.exit(f"{name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted; `dvc repro` takes this stage up again from its beginning")
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -64,6 +64,8 @@ def test_a_manifest_notices_what_changed(tmp_path):
     check_manifest(folder, folder)  # a folder is its own manifest
     with pytest.raises(DataError, match=r"none\.json is missing; write it with `deltatc manifest"):
         check_manifest(folder, tmp_path / "none.json")
+    with pytest.raises(DataError, match=r"absent is missing; expected the folder.*dvc pull data.dvc models.dvc"):
+        check_manifest(tmp_path / "absent", tmp_path / "m.json")
     (folder / "a.bin").write_bytes(b"123")
     with pytest.raises(DataError, match=r"has 3 bytes.*says 5.*deltatc manifest"):
         check_manifest(folder, tmp_path / "m.json")

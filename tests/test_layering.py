@@ -15,7 +15,7 @@ LAYERS = [  # a module imports only from lines above its own
     {"errors"},
     {"files", "config", "calculator", "sites", "ops_ref"},
     {"ops", "toolcall", "models", "text"},
-    {"transcoder", "prompts"},
+    {"ops_sparse", "transcoder", "prompts"},
     {"formats", "hooks", "external"},
     {"harvest", "train", "generate", "evaluate"},
     {"delta", "finetune", "site_check", "intervene", "stats"},

@@ -1,6 +1,7 @@
 """transcode against a float64 numpy oracle: shapes, dtypes, selection, special values, invariance, errors."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -479,7 +480,9 @@ def test_a_direct_call_with_part_of_a_delta_raises():
 
 def test_build_info_says_what_was_built():
     info = ops.build_info()
-    assert set(info) == {"cuda", "archs", "nvcc", "cpu"} and info["cuda"] is False
+    assert set(info) == {"cuda", "archs", "nvcc", "cpu"}
+    with_cuda = shutil.which("nvcc") is not None and os.environ.get("DELTATC_CUDA") != "0"
+    assert info["cuda"] == with_cuda and bool(info["archs"]) == with_cuda and bool(info["nvcc"]) == with_cuda
     assert "generic" in info["cpu"] and os.environ.get("DELTATC_CPU_KERNEL") in (None, info["cpu"][0])
 
 

@@ -377,28 +377,32 @@ struct PanelActs {
   bool broken[kFew];
 };
 
-// Few tokens: the weights are read once and the threads share them, panel by panel; then each token is decoded.
+// A panel of a part: its first latent and how many.
 template <typename T>
-void run_few(const Transcode<T>& job) {
-  using Acc = Accumulator<T>;
-  const Kernels<T> kernel = kernels<T>();
-  const int64_t d_model = job.d_model, rows = job.tokens;
-  const auto parts = parts_of(job);
-  const Scratch<Acc> tokens(padded(rows) * (d_model + 1));
-  bool not_finite[kFew];
-  kernel.pack_tokens(job.x, rows, d_model, tokens.get(), not_finite);
-  std::vector<std::pair<const Part<T>*, int64_t>> todo;  // (part, first latent)
-  for (const auto& [part, scale] : parts) {
-    for (int64_t first = 0; first < part->width; first += kPanel) todo.emplace_back(part, first);
+struct Panel {
+  const Part<T>* part;
+  int64_t first, count;
+};
+
+template <typename T>
+void add_panels(const Part<T>& part, std::vector<Panel<T>>& panels) {
+  for (int64_t first = 0; first < part.width; first += kPanel) {
+    panels.push_back({&part, first, std::min(kPanel, part.width - first)});
   }
-  std::vector<PanelActs<T>> found(todo.size());
-  torch::stable::parallel_for(0, static_cast<int64_t>(todo.size()), 1, [&](int64_t begin, int64_t end) {
+}
+
+// The active latents of up to kFew tokens: the weights are read once, and the threads share them, panel by panel.
+template <typename T>
+std::vector<PanelActs<T>> encode_few(const Kernels<T>& kernel, const std::vector<Panel<T>>& panels, const void* tokens,
+                                     int64_t rows, int64_t d_model) {
+  using Acc = Accumulator<T>;
+  std::vector<PanelActs<T>> found(panels.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(panels.size()), 1, [&](int64_t begin, int64_t end) {
     const Scratch<Acc> pre(padded(rows) * kPanel);
     const Scratch<Act<Acc>> acts(kPanel);
     for (int64_t i = begin; i < end; ++i) {
-      const auto [part, first] = todo[i];
-      const int64_t count = std::min(kPanel, part->width - first);
-      kernel.encode_panel(part->packed + first * steps<T>(d_model), count, tokens.get(), rows, d_model, pre.get());
+      const auto [part, first, count] = panels[i];
+      kernel.encode_panel(part->packed + first * steps<T>(d_model), count, tokens, rows, d_model, pre.get());
       const PanelBias<T> panel(*part, first, count);
       for (int64_t row = 0; row < rows; ++row) {
         List<Acc> list{acts.get()};
@@ -410,6 +414,42 @@ void run_few(const Transcode<T>& job) {
       }
     }
   });
+  return found;
+}
+
+// One token's acts of a part, its k largest where they are limited, into `acts`; returns whether a pre_act is not finite.
+template <typename T>
+bool collect(const std::vector<Panel<T>>& panels, const std::vector<PanelActs<T>>& found, const Part<T>& part,
+             int64_t row, std::vector<Act<Accumulator<T>>>& acts) {
+  bool broken = false;
+  acts.clear();
+  for (size_t i = 0; i < panels.size(); ++i) {
+    if (panels[i].part != &part) continue;
+    const auto from = found[i].acts.begin();
+    acts.insert(acts.end(), from + (row ? found[i].ends[row - 1] : 0), from + found[i].ends[row]);
+    broken |= found[i].broken[row];
+  }
+  if (part.k < part.width) {
+    List<Accumulator<T>> list{acts.data(), static_cast<int64_t>(acts.size())};
+    keep_largest(list, part.k);
+    acts.resize(list.size);
+  }
+  return broken;
+}
+
+// Few tokens: encoded together, then decoded one by one.
+template <typename T>
+void run_few(const Transcode<T>& job) {
+  using Acc = Accumulator<T>;
+  const Kernels<T> kernel = kernels<T>();
+  const int64_t d_model = job.d_model, rows = job.tokens;
+  const auto parts = parts_of(job);
+  const Scratch<Acc> tokens(padded(rows) * (d_model + 1));
+  bool not_finite[kFew];
+  kernel.pack_tokens(job.x, rows, d_model, tokens.get(), not_finite);
+  std::vector<Panel<T>> panels;
+  for (const auto& [part, scale] : parts) add_panels(*part, panels);
+  const auto found = encode_few(kernel, panels, tokens.get(), rows, d_model);
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<double> total(d_model);
     std::vector<Acc> sums(d_model);
@@ -418,16 +458,8 @@ void run_few(const Transcode<T>& job) {
       std::fill(total.begin(), total.end(), 0.0);
       bool spoiled = false;
       for (const auto& [part, scale] : parts) {
-        bool broken = not_finite[row];
-        acts.clear();
-        for (size_t i = 0; i < todo.size(); ++i) {
-          if (todo[i].first != part) continue;
-          const auto from = found[i].acts.begin();
-          acts.insert(acts.end(), from + (row ? found[i].ends[row - 1] : 0), from + found[i].ends[row]);
-          broken |= found[i].broken[row];
-        }
+        const bool broken = collect(panels, found, *part, row, acts) || not_finite[row];
         List<Acc> list{acts.data(), static_cast<int64_t>(acts.size())};
-        if (part->k < part->width) keep_largest(list, part->k);
         add_b_dec(*part, d_model, scale, total.data());
         flush(kernel, *part, d_model, scale, true, list, sums.data(), total.data());
         write_stats(*part, row, list, broken);
@@ -575,12 +607,203 @@ Stats transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, 
   return {recon, stats[0], stats[1], stats[2], stats[3]};
 }
 
+using Sparse = std::tuple<Tensor, Tensor, Tensor>;
+
+// All tokens' acts, kFew tokens at a time; then values, indices [tokens, capacity] and counts [tokens]. A row that is
+// not finite has one act, NaN at latent 0, so that decoding it gives NaN.
+template <typename T>
+Sparse encode_as(const Tensor& x, const Part<T>& part, MaybeInt capacity) {
+  using torch::headeronly::ScalarType;
+  using Acc = Accumulator<T>;
+  const Kernels<T> kernel = kernels<T>();
+  const int64_t d_model = x.size(x.dim() - 1);
+  const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
+  int64_t n_tokens = 1;
+  for (int64_t size : leading) n_tokens *= size;
+  const T* from = static_cast<const T*>(x.data_ptr());
+  std::vector<std::vector<Act<Acc>>> rows_acts(n_tokens);
+  std::vector<Panel<T>> panels;
+  add_panels(part, panels);
+  const Scratch<Acc> tokens(padded(std::min(kFew, n_tokens)) * (d_model + 1));
+  bool not_finite[kFew];
+  for (int64_t first = 0; first < n_tokens; first += kFew) {
+    const int64_t rows = std::min(kFew, n_tokens - first);
+    kernel.pack_tokens(from + first * d_model, rows, d_model, tokens.get(), not_finite);
+    const auto found = encode_few(kernel, panels, tokens.get(), rows, d_model);
+    torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::vector<Act<Acc>>& acts = rows_acts[first + row];
+        if (collect(panels, found, part, row, acts) || not_finite[row]) {
+          acts = {{std::numeric_limits<Acc>::quiet_NaN(), 0}};
+        }
+      }
+    });
+  }
+  int64_t largest = 0;
+  for (const auto& acts : rows_acts) largest = std::max(largest, static_cast<int64_t>(acts.size()));
+  STD_TORCH_CHECK(!capacity || largest <= *capacity, "a token has ", largest, " active latents, over capacity = ",
+                  capacity.value_or(0), "; raise capacity, or give None for no limit");
+  std::vector<int64_t> shape = leading;
+  shape.push_back(capacity.value_or(largest));
+  Tensor values = torch::stable::empty(shape, x.scalar_type());
+  Tensor indices = torch::stable::empty(shape, ScalarType::Int);
+  const Tensor counts = torch::stable::empty(leading, ScalarType::Int);
+  torch::stable::zero_(values);
+  torch::stable::zero_(indices);
+  for (int64_t row = 0; row < n_tokens; ++row) {
+    static_cast<int32_t*>(counts.data_ptr())[row] = static_cast<int32_t>(rows_acts[row].size());
+    T* value = static_cast<T*>(values.data_ptr()) + row * shape.back();
+    int32_t* index = static_cast<int32_t*>(indices.data_ptr()) + row * shape.back();
+    for (const auto& act : rows_acts[row]) *value++ = static_cast<T>(act.value), *index++ = act.index;
+  }
+  return {values, indices, counts};
+}
+
+Sparse encode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, MaybeInt k, MaybeInt capacity) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(x.dim() >= 1 && x.is_cpu(), "x has shape ", shape_text(x), "; expected [..., d_model] on the CPU");
+  const int64_t width = b_enc.numel();
+  check_packed("packed", packed, x, x.size(x.dim() - 1), width);
+  check_like("b_enc", b_enc, x, {width});
+  check_like("threshold", threshold, x, {width});
+  check_k("k", k, width);
+  STD_TORCH_CHECK(!capacity || *capacity >= 1, "capacity = ", capacity.value_or(0), "; expected 1 or more, or None");
+  const Tensor rows = torch::stable::contiguous(x), bias = torch::stable::contiguous(b_enc),
+               theta = torch::stable::contiguous(threshold);
+  const auto encode = [&](auto zero) {
+    using T = decltype(zero);
+    Part<T> part;
+    part.packed = static_cast<const Packed<T>*>(packed.data_ptr());
+    part.b_enc = static_cast<const T*>(bias.data_ptr());
+    part.threshold = static_cast<const T*>(theta.data_ptr());
+    part.width = width;
+    part.k = k.value_or(width);
+    return encode_as<T>(rows, part, capacity);
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return encode(double());
+    case ScalarType::Float: return encode(float());
+    case ScalarType::BFloat16: return encode(c10::BFloat16());
+    default: STD_TORCH_CHECK(false, "x has a dtype without a CPU kernel; expected float64, float32 or bfloat16");
+  }
+}
+
+// One part's acts as decode reads them, contiguous: values, indices, counts, W_dec, b_dec.
+struct SparsePart {
+  SparsePart(const std::string& prefix, const Tensor& values, const Tensor& indices, const Tensor& counts,
+             const Tensor& W_dec, const Tensor& b_dec) {
+    using torch::headeronly::ScalarType;
+    STD_TORCH_CHECK(values.dim() >= 1 && values.is_cpu(), prefix, "values has shape ", shape_text(values),
+                    "; expected [..., capacity] on the CPU");
+    STD_TORCH_CHECK(W_dec.dim() == 2, prefix, "W_dec has shape ", shape_text(W_dec), "; expected [d_sae, d_model]");
+    capacity = values.size(values.dim() - 1);
+    n_tokens = 1;
+    for (int64_t axis = 0; axis + 1 < values.dim(); ++axis) n_tokens *= values.size(axis);
+    width = W_dec.size(0);
+    d_model = W_dec.size(1);
+    check_like((prefix + "W_dec").c_str(), W_dec, values, {width, d_model});
+    check_like((prefix + "b_dec").c_str(), b_dec, values, {d_model});
+    STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && counts.scalar_type() == ScalarType::Int &&
+                        indices.is_cpu() && counts.is_cpu() && indices.numel() == n_tokens * capacity &&
+                        counts.numel() == n_tokens,
+                    prefix, "indices has shape ", shape_text(indices), " and counts ", shape_text(counts),
+                    "; expected int32 [..., capacity] and [...] beside values ", shape_text(values));
+    for (const Tensor* tensor : {&values, &indices, &counts, &W_dec, &b_dec}) {
+      tensors.push_back(torch::stable::contiguous(*tensor));
+    }
+    const int32_t* count = static_cast<const int32_t*>(tensors[2].data_ptr());
+    const int32_t* index = static_cast<const int32_t*>(tensors[1].data_ptr());
+    for (int64_t row = 0; row < n_tokens; ++row) {
+      STD_TORCH_CHECK(count[row] >= 0 && count[row] <= capacity, prefix, "counts holds ", count[row],
+                      "; expected 0 to the capacity ", capacity);
+      for (int64_t i = 0; i < count[row]; ++i) {
+        const int32_t latent = index[row * capacity + i];
+        STD_TORCH_CHECK(latent >= 0 && latent < width, prefix, "indices holds ", latent, "; expected 0 to ", width - 1);
+      }
+    }
+  }
+
+  // total += scale * (acts of one token @ W_dec + b_dec)
+  template <typename T>
+  void add(const Kernels<T>& kernel, int64_t row, double scale, std::vector<Act<Accumulator<T>>>& acts,
+           Accumulator<T>* sums, double* total) const {
+    using Acc = Accumulator<T>;
+    const T* value = static_cast<const T*>(tensors[0].data_ptr()) + row * capacity;
+    const int32_t* index = static_cast<const int32_t*>(tensors[1].data_ptr()) + row * capacity;
+    acts.clear();
+    for (int32_t i = 0; i < static_cast<const int32_t*>(tensors[2].data_ptr())[row]; ++i) {
+      acts.push_back({static_cast<Acc>(value[i]), index[i]});
+    }
+    Part<T> part;
+    part.b_dec = static_cast<const T*>(tensors[4].data_ptr());
+    add_b_dec(part, d_model, scale, total);
+    const T* W_dec = static_cast<const T*>(tensors[3].data_ptr());
+    if (scale != 0.0) kernel.decode(acts.data(), acts.size(), W_dec, d_model, scale, sums, total);
+  }
+
+  std::vector<Tensor> tensors;
+  int64_t capacity = 0, n_tokens = 0, width = 0, d_model = 0;
+};
+
+Tensor decode(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, MaybeTensor delta_values,
+              MaybeTensor delta_indices, MaybeTensor delta_counts, MaybeTensor delta_W_dec, MaybeTensor delta_b_dec,
+              Tensor alpha) {
+  using torch::headeronly::ScalarType;
+  const SparsePart base("", values, indices, counts, W_dec, b_dec);
+  STD_TORCH_CHECK(alpha.dim() == 0 && alpha.is_cpu(), "alpha has shape ", shape_text(alpha),
+                  "; expected a scalar [] on the CPU");
+  std::optional<SparsePart> delta;
+  for (const MaybeTensor* tensor : {&delta_indices, &delta_counts, &delta_W_dec, &delta_b_dec}) {
+    STD_TORCH_CHECK(tensor->has_value() == delta_values.has_value(), "the delta's tensors: expected all five or none");
+  }
+  if (delta_values) {
+    delta.emplace("delta_", *delta_values, *delta_indices, *delta_counts, *delta_W_dec, *delta_b_dec);
+    STD_TORCH_CHECK(delta->n_tokens == base.n_tokens && delta->d_model == base.d_model &&
+                        delta_values->scalar_type() == values.scalar_type(),
+                    "delta_values has shape ", shape_text(*delta_values), "; expected the base's tokens and dtype, ",
+                    shape_text(values), ", and its d_model");
+  }
+  std::vector<int64_t> shape(values.sizes().begin(), values.sizes().end() - 1);
+  shape.push_back(base.d_model);
+  const Tensor recon = torch::stable::empty(shape, values.scalar_type());
+  const Tensor scale_tensor = torch::stable::to(alpha, ScalarType::Double);
+  const double scale = *static_cast<const double*>(scale_tensor.data_ptr());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    using Acc = Accumulator<T>;
+    const Kernels<T> kernel = kernels<T>();
+    Transcode<T> job;
+    job.d_model = base.d_model;
+    job.recon = static_cast<T*>(recon.data_ptr());
+    torch::stable::parallel_for(0, base.n_tokens, 8, [&](int64_t begin, int64_t end) {
+      std::vector<double> total(base.d_model);
+      std::vector<Acc> sums(base.d_model);
+      std::vector<Act<Acc>> acts;
+      for (int64_t row = begin; row < end; ++row) {
+        std::fill(total.begin(), total.end(), 0.0);
+        base.template add<T>(kernel, row, 1.0, acts, sums.data(), total.data());
+        if (delta) delta->template add<T>(kernel, row, scale, acts, sums.data(), total.data());
+        write_recon(job, row, total.data(), false);
+      }
+    });
+  };
+  switch (values.scalar_type()) {
+    case ScalarType::Double: run(double()); break;
+    case ScalarType::Float: run(float()); break;
+    case ScalarType::BFloat16: run(c10::BFloat16()); break;
+    default: STD_TORCH_CHECK(false, "values has a dtype without a CPU kernel; expected float64, float32 or bfloat16");
+  }
+  return recon;
+}
+
 }  // namespace
 }  // namespace deltatc
 
 STABLE_TORCH_LIBRARY_IMPL(deltatc, CPU, m) {
   m.impl("pack", TORCH_BOX(&deltatc::pack));
   m.impl("transcode_packed", TORCH_BOX(&deltatc::transcode_packed));
+  m.impl("encode_packed", TORCH_BOX(&deltatc::encode_packed));
+  m.impl("decode", TORCH_BOX(&deltatc::decode));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deltatc, CompositeExplicitAutograd, m) {

@@ -1,0 +1,91 @@
+// The CUDA kernels' plain interface: pointers, sizes, a workspace, a stream; an error code (a cudaError_t, 0: none) comes
+// back. Nothing here allocates, synchronises, or knows torch. All tensors are contiguous bfloat16 on one device, and
+// d_model is a multiple of 8 (16-byte loads), at most kMaxModel.
+#pragma once
+
+#include <cstdint>
+
+#ifdef DELTATC_HOST_SHIM
+#include "shim.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace deltatc {
+
+struct bf16;
+
+constexpr int kMaxModel = 8192;  // d_model: eight columns a thread of one block
+constexpr int kMaxKeys = 4096;   // acts of one token and part that selection holds in shared memory: also the largest k
+constexpr int kFewTokens = 16;   // up to so many tokens, one cooperative launch streams the weights
+
+struct Act {
+  float value;
+  int32_t index;
+};
+
+// One part's acts of each token as encoding leaves them: each of `splits` blocks of threads has its own ranges of
+// latents and its own list. counts are true ones, also above capacity; kBroken: a pre_act was not finite.
+constexpr int32_t kBroken = -1;
+struct Lists {
+  Act* acts;        // [tokens][splits][capacity]
+  int32_t* counts;  // [tokens][splits]
+  int32_t splits, capacity;
+};
+
+struct CudaPart {
+  const bf16* W_enc;      // [width][d_model]: packed, K-major
+  const bf16* b_enc;      // [width]
+  const bf16* threshold;  // [width]
+  const bf16* W_dec;      // [width][d_model]
+  const bf16* b_dec;      // [d_model]
+  int32_t width;
+  int32_t k;   // 0: all active latents are kept
+  float* l0;   // [tokens], or null
+  float* l1;
+  Lists lists;  // filled in by the launch, in the workspace
+};
+
+struct CudaTranscode {
+  const bf16* x;  // [tokens][d_model]
+  bf16* recon;    // [tokens][d_model]
+  const float* alpha;
+  int64_t tokens;
+  int32_t d_model, n_parts;  // base; or base and delta
+  CudaPart parts[2];
+  int32_t dense_above;  // a token with more acts of the base is decoded by matrix products
+  int32_t* dense_rows;  // [tokens] of the chunk, in the workspace
+  int32_t* dense_count;
+};
+
+// Gradients of the delta at a given gradient of recon; null where one is not wanted.
+struct CudaBackward {
+  const bf16* x;     // [tokens][d_model]
+  const bf16* grad;  // [tokens][d_model]
+  const float* alpha;
+  int64_t tokens;
+  int32_t d_model;
+  float bandwidth;
+  CudaPart delta;   // its k is 0
+  float* W_enc;     // [d_model][width]
+  float* b_enc;     // [width]
+  float* threshold; // [width]
+  float* W_dec;     // [width][d_model]
+  float* b_dec;     // [d_model]
+  float* scale;     // [1]: alpha's
+  bf16* acts;       // [tokens][width], in the workspace: alpha * acts
+  bf16* slopes;     // [tokens][width]: gradient of pre_acts
+  float* sums;      // partial sums, added up in one fixed order
+};
+
+int64_t transcode_workspace(const CudaTranscode& job);
+int transcode(CudaTranscode job, void* workspace, cudaStream_t stream);
+int64_t backward_workspace(const CudaBackward& job);
+int backward(CudaBackward job, void* workspace, cudaStream_t stream);
+
+// Launches of one chunk of tokens, lists in place; transcode() calls them.
+int launch_encode(const CudaTranscode& job, cudaStream_t stream);
+int launch_decode(const CudaTranscode& job, cudaStream_t stream);
+int launch_generate(const CudaTranscode& job, int32_t* counters, cudaStream_t stream);
+
+}  // namespace deltatc

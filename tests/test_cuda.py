@@ -1,0 +1,339 @@
+"""The CUDA kernels without a GPU: the very same source, compiled for the CPU against cuda_shim/shim.h, on CPU tensors.
+
+csrc/cuda/binding.cpp registers it as torch.ops.deltatc_shim. What a GPU alone can show (speed, that two blocks at once
+do not race in global memory) is benchmarks/gpu.sh.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_ops import BFLOAT16, assert_close, make_case, make_part, numpy_oracle
+
+from deltatc import ops
+from deltatc.ops import Weights
+from deltatc.ops_ref import part_gradients, transcode_stats_ref
+
+ROOT = Path(__file__).parent.parent
+SHIM = ROOT / "tests/cuda_shim"
+TORCH = Path(torch.__file__).parent
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def build(folder, *flags):
+    """Compile csrc/cuda/ against the shim, two files at a time, into folder/shim.so."""
+    common = ["g++", "-x", "c++", "-std=c++17", "-O1", "-g", "-fPIC", "-DDELTATC_HOST_SHIM", f"-I{SHIM}", *flags]
+    binding = [f"-I{TORCH}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+
+    def compiled(source):
+        target = folder / f"{source.name}.o"
+        extra = binding if source.suffix == ".cpp" else []
+        subprocess.run([*common, *extra, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sorted((ROOT / "csrc/cuda").glob("*.c[up]*"))))
+    library = folder / "shim.so"
+    link = ["-shared", "-o", str(library), f"-L{TORCH}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run(["g++", *flags, *objects, *link], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    torch.ops.load_library(build(tmp_path_factory.mktemp("shim")))
+    return torch.ops.deltatc_shim
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    return lambda number: monkeypatch.setenv("DELTATC_SCHEDULE", str(number))
+
+
+def forward(kernels, x, base, delta=None, alpha=0.7, k_base=None, k_delta=None):
+    def packed(part):
+        return part.W_enc.t().contiguous()
+
+    rest = (None,) * 5 if delta is None else (packed(delta), *delta[1:])
+    scale = torch.tensor(alpha, dtype=torch.float64)
+    return kernels.transcode_packed(x, packed(base), *base[1:], *rest, scale, k_base, k_delta, True)
+
+
+def check(found, x, base, delta, alpha=0.7, k_base=None, k_delta=None):
+    recon, stats = numpy_oracle(x, base, delta, alpha, k_base, k_delta)
+    eager = transcode_stats_ref(x, base, delta, alpha, k_base, k_delta).recon
+    assert_close(found[0], recon, eager)
+    for stat, wanted in zip(found[1:], stats, strict=True):
+        torch.testing.assert_close(stat.double(), torch.as_tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+
+
+# tokens, d_model, latents, d_new, active fraction, strides, k's
+CASES = [
+    (1, 8, 1, 1, 1.0, "contiguous", ()),
+    (3, 48, 1000, 5, 0.05, "sliced", ()),
+    (16, 264, 128, 33, 0.5, "transposed", (20, 5)),
+    (1, 2304, 300, 16, 0.05, "contiguous", ()),
+    (5, 64, 300, 16, 0.0, "contiguous", (1, 1)),
+    (17, 8, 128, 1, 0.05, "contiguous", ()),
+    (64, 48, 1000, 130, 0.05, "transposed", ()),
+    (130, 72, 129, 20, 0.5, "sliced", ()),
+    (257, 8, 300, 5, 0.05, "contiguous", (3, 1)),
+    (64, 40, 1000, 40, 1.0, "contiguous", (64, 30)),
+    (18, 2304, 200, 3, 0.05, "contiguous", (1, 3)),
+    (64, 16, 1, 1, 0.0, "contiguous", ()),
+    (33, 300 * 8, 140, 8, 0.05, "contiguous", ()),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_equals_the_oracle(kernels, case):
+    *shape, layout, ks = case
+    x, base, delta = make_case(*shape, BFLOAT16, layout, seed=sum(shape[:4]))
+    check(forward(kernels, x, base, delta, 0.7, *ks), x, base, delta, 0.7, *ks)
+
+
+def test_many_acts_go_through_matrix_products_and_too_many_through_all_latents(kernels):
+    """More than a 72nd of the latents: dense_kernel. More than a list holds: the latents are encoded again."""
+    for tokens, width in ((20, 1500), (20, 4400), (2, 4400)):  # the last: more than kMaxKeys in generation
+        x, base, delta = make_case(tokens, 8, width, 6, 1.0, BFLOAT16, seed=width)
+        check(forward(kernels, x, base, delta, -1.3), x, base, delta, -1.3)
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+@pytest.mark.parametrize("ks", [(), (6, 2)])
+def test_every_schedule_gives_the_same_bits(kernels, schedule, tokens, ks):
+    x, base, delta = make_case(tokens, 32, 400, 40, 0.05, BFLOAT16)
+    wanted = forward(kernels, x, base, delta, 0.7, *ks)
+    for number in range(1, 8):
+        schedule(number)
+        for stat, first in zip(forward(kernels, x, base, delta, 0.7, *ks), wanted, strict=True):
+            assert torch.equal(stat, first), number
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_row_is_nan_and_changes_no_other(kernels, tokens, bad):
+    x, base, delta = make_case(tokens, 16, 200, 20, 0.3, BFLOAT16)
+    clean = forward(kernels, x, base, delta)
+    x[2, 5] = bad
+    found = forward(kernels, x, base, delta)
+    others = torch.arange(tokens) != 2
+    for stat, before in zip(found, clean, strict=True):
+        assert stat[2].isnan().all() and torch.equal(stat[others], before[others])
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_alpha_zero_is_the_base_bit_for_bit_and_its_delta_still_counted(kernels, tokens):
+    x, base, delta = make_case(tokens, 16, 200, 20, 0.3, BFLOAT16)
+    alone, off, on = (forward(kernels, x, base), *(forward(kernels, x, base, delta, alpha) for alpha in (0.0, 1.0)))
+    assert torch.equal(alone[0], off[0]) and torch.equal(off[3], on[3]) and torch.equal(off[4], on[4])
+    assert not torch.equal(on[0], off[0]) and (alone[3] == 0).all()
+    delta.b_enc[3] = torch.inf  # spoils the delta's part alone
+    assert torch.equal(forward(kernels, x, base, delta, 0.0)[0], alone[0])
+    assert forward(kernels, x, base, delta, 1.0)[0].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_thresholds_are_strict_and_ties_go_to_the_lower_index(kernels, tokens):
+    """Identity encoders: pre_acts are x itself, and recon shows which latents were kept."""
+    x = torch.tensor([3.0, 2.0, 2.0, 2.0, 0.0, -1.0, 1.0, 2.0]).repeat(tokens, 1).to(BFLOAT16)
+    eye, zeros = torch.eye(8).to(BFLOAT16), torch.zeros(8).to(BFLOAT16)
+    thresholds = torch.tensor([3.0, 1.5, 2.0, -1.0, -1.0, -5.0, 1.0, 1.9]).to(BFLOAT16)
+    found = forward(kernels, x, Weights(eye, zeros, thresholds, eye, zeros))
+    assert found[0].tolist() == [[0.0, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 2.0]] * tokens
+    assert found[1].tolist() == [3.0] * tokens and found[2].tolist() == [6.0] * tokens
+    kept = forward(kernels, x, Weights(eye, zeros, zeros, eye, zeros), None, 1.0, 3)[0]
+    assert kept.tolist() == [[3.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]] * tokens
+
+
+def test_ties_across_panels_and_lists(kernels):
+    """600 equal pre_acts and k 5: latents 0 to 4, in whichever panel, list or thread they are."""
+    for tokens in (3, 20):
+        x = torch.ones(tokens, 8, dtype=BFLOAT16)
+        W_dec = torch.zeros(600, 8, dtype=BFLOAT16)
+        W_dec[:5, 0] = torch.tensor([1, 2, 4, 8, 16]).to(BFLOAT16)
+        W_dec[5:, 1] = 1
+        W_enc, none = torch.ones(8, 600, dtype=BFLOAT16), torch.zeros(600, dtype=BFLOAT16)
+        base = Weights(W_enc, none, none, W_dec, torch.zeros(8, dtype=BFLOAT16))
+        assert forward(kernels, x, base, None, 1.0, 5)[0][:, :2].tolist() == [[8.0 * 31, 0.0]] * tokens
+
+
+@pytest.mark.parametrize("ks", [(), (6, 2)])
+def test_a_row_depends_on_nothing_but_itself(kernels, ks):
+    x, base, delta = make_case(300, 16, 300, 20, 0.3, BFLOAT16)
+    whole = forward(kernels, x, base, delta, 0.7, *ks)
+    for rows in (slice(0, 20), slice(130, 299)):
+        for stat, part in zip(whole, forward(kernels, x[rows], base, delta, 0.7, *ks), strict=True):
+            assert torch.equal(stat[rows], part)
+
+
+def test_nothing_of_size_tokens_by_latents_is_in_the_workspace(kernels):
+    """At most a tenth (16k) and a twentieth (65k) of what the eager chain holds: pre_acts and acts in bfloat16."""
+    for width, d_new, part in ((16384, 128, 10), (65536, 1024, 20)):
+        for k in (None, 64):
+            eager = 2 * 2 * 32768 * (width + d_new)
+            assert kernels.workspace(32768, 2304, width, d_new, k) * part <= eager
+            assert kernels.workspace(10**8, 2304, width, d_new, k) == kernels.workspace(4096, 2304, width, d_new, k)
+
+
+def test_empty_and_unfit_inputs(kernels):
+    x, base, delta = make_case(4, 8, 30, 5, 0.5, BFLOAT16)
+    found = forward(kernels, x.new_zeros(2, 0, 8), base, delta)
+    assert found[0].shape == (2, 0, 8) and found[1].shape == (2, 0)
+    assert forward(kernels, x[0], base, delta)[0].shape == (8,)
+    nothing = Weights(x.new_zeros(8, 0), x.new_zeros(0), x.new_zeros(0), x.new_zeros(0, 8), base.b_dec)
+    assert torch.equal(forward(kernels, x, nothing)[0], base.b_dec.expand(4, 8))
+    for wrong in (x[:, :4], x.float(), x.new_zeros(())):
+        with pytest.raises(RuntimeError, match=r"x |packed"):
+            forward(kernels, wrong, base, delta)
+    with pytest.raises(RuntimeError, match="k_base = 31"):
+        forward(kernels, x, base, delta, 1.0, 31)
+
+
+BACKWARD = [(1, 8, 1), (3, 48, 33), (64, 64, 32), (130, 72, 130), (300, 16, 5), (2100, 24, 7)]
+
+
+def gradient_case(tokens, d_model, d_new):
+    x, *_ = make_case(tokens, d_model, 1, 1, 0.5, BFLOAT16, seed=tokens)
+    grad = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(5)).to(BFLOAT16)
+    return x, grad, make_part(d_model, d_new, x, 0.4, 7)
+
+
+def gradients(kernels, grad, x, delta, alpha=0.7, bandwidth=0.5, needed=63):
+    packed = delta.W_enc.t().contiguous()
+    return kernels.delta_backward(grad, x, packed, *delta[1:], torch.tensor(alpha), bandwidth, needed)
+
+
+@pytest.mark.parametrize("shape", BACKWARD, ids=str)
+def test_gradients_equal_those_in_double(kernels, shape):
+    x, grad, delta = gradient_case(*shape)
+
+    def plain(dtype):
+        weights = Weights(*(tensor.to(dtype) for tensor in delta))
+        alpha = torch.tensor(0.7, dtype=dtype)
+        return part_gradients(x.to(dtype), grad.to(dtype), weights, alpha, None, 0.5, [False] + [True] * 6)[1:]
+
+    rows = zip(gradients(kernels, grad, x, delta), plain(torch.float64), plain(BFLOAT16), strict=True)
+    for number, (found, wanted, eager) in enumerate(rows):
+        scale = wanted.abs().max().item()
+        error, usual = ((t.double() - wanted).abs().max().item() for t in (found, eager))
+        assert error <= 3 * usual + 4e-3 * scale, (number, error, usual, scale)
+
+
+def test_gradients_are_the_same_in_every_schedule_and_alone(kernels, schedule):
+    x, grad, delta = gradient_case(300, 16, 40)
+    wanted = gradients(kernels, grad, x, delta)
+    for i in range(6):
+        alone = gradients(kernels, grad, x, delta, needed=1 << i)
+        assert torch.equal(alone[i], wanted[i]) and all(t.numel() == 0 for j, t in enumerate(alone) if j != i)
+    for number in (1, 2, 3):
+        schedule(number)
+        assert all(map(torch.equal, gradients(kernels, grad, x, delta), wanted))
+    assert all((t == 0).all() for t in gradients(kernels, grad[:0], x[:0], delta))
+
+
+def test_the_library_s_way_to_the_kernels(kernels, monkeypatch):
+    """What deltatc.ops does for CUDA tensors, with the shim in the kernels' place."""
+    monkeypatch.setattr(ops, "CUDA_KERNELS", kernels)
+    monkeypatch.setattr(ops, "_pack", lambda W_enc: W_enc.detach().t().contiguous())
+    ops._PACKED.clear()
+    x, base, delta = make_case(20, 16, 200, 20, 0.3, BFLOAT16)
+    arguments = (x, *base, *delta, torch.tensor(0.7), None, 3, 1e-3)
+    check(ops._on_cuda(True, *arguments), x, base, delta, 0.7, None, 3)
+    needed = [False, True, False, True, True, False, True]
+    found = ops.delta_gradients(x, x, delta, torch.tensor(0.7), 0.5, needed)
+    wanted = gradients(kernels, x, x, delta, needed=63)
+    for i, need in enumerate(needed[1:]):
+        assert torch.equal(found[i + 1], wanted[i].to(found[i + 1].dtype)) if need else found[i + 1].numel() == 0
+    ops._PACKED.clear()
+    assert ops.cuda_kernels_take(x) and ops.cuda_kernels_take(x, 4096, None)
+    assert not ops.cuda_kernels_take(x, 4097) and not ops.cuda_kernels_take(x.float())
+    assert not ops.cuda_kernels_take(x[:, :12]) and not ops.cuda_kernels_take(x.new_zeros(1, 8200))
+    as_plain = (x.float(), *(t.float() for t in (*base, *delta)), torch.tensor(0.7), None, None, 1e-3)
+    assert ops._on_cuda(False, *as_plain)[0].dtype == torch.float32
+
+
+def test_no_access_outside_memory_and_no_undefined_behaviour(tmp_path):
+    """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, threads in two orders."""
+    library = build(tmp_path, *SANITIZE)
+    script = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_cuda import forward, gradient_case, gradients
+from test_ops import BFLOAT16, make_case
+torch.ops.load_library({str(library)!r})
+kernels = torch.ops.deltatc_shim
+small = (1, 8, 1, 1, 1.0), (3, 48, 300, 5, 0.05), (17, 8, 129, 3, 0.3)
+large = (20, 16, 1200, 5, 1.0), (2, 8, 4200, 1, 1.0)
+for case in small + large:
+    x, base, delta = make_case(*case, BFLOAT16)
+    for ks in ((), (1, 1), (min(9, case[2]), 1)):
+        forward(kernels, x, base, delta, 0.7, *ks)
+for shape in ((1, 8, 1), (33, 24, 5), (130, 16, 130)):
+    x, grad, delta = gradient_case(*shape)
+    gradients(kernels, grad, x, delta)
+print("done")
+"""
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        for name in ("asan", "ubsan")
+    ]
+    for number in ("0", "3"):
+        environment = os.environ | {
+            "LD_PRELOAD": " ".join(path.strip() for path in runtime),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "DELTATC_SCHEDULE": number,
+            "PYTHONPATH": str(ROOT),
+        }
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert run.returncode == 0 and run.stdout.endswith("done\n"), run.stderr[-3000:]
+
+
+BROKEN = """
+#include "device.h"
+#include <cstdio>
+using namespace deltatc;
+struct Job { int* out; int what; };
+void kernel(Job job) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  shared[threadIdx.x] = threadIdx.x;
+  if (job.what == 1 && threadIdx.x == 5) return;                 // right: a thread that has ended is not waited for
+  if (job.what == 2 && threadIdx.x < 32) shared[0] = warp_sum(1);  // right: a whole warp
+  if (job.what == 3 && threadIdx.x == 5) shared[5] = warp_sum(1);  // wrong: part of a warp
+  if (job.what == 4) copy_async(shared + 4 * threadIdx.x, job.out, true), copy_commit();  // wrong: not waited for
+  if (job.what != 5) __syncthreads();                            // 5, wrong: no barrier
+  job.out[threadIdx.x] = shared[(threadIdx.x + 63) % 64];
+}
+int main(int, char** arguments) {
+  alignas(16) int out[64] = {};
+  const Job job{out, std::atoi(arguments[1])};
+  launch(kernel, dim3(1), 64, 1024, nullptr, job);
+  int right = 0;
+  for (int i = 0; i < 64; ++i) right += out[i] == (i + 63) % 64;
+  std::printf("%d\\n", right);
+}
+"""
+
+
+def test_the_shim_finds_what_a_gpu_would_punish(tmp_path):
+    """Negative controls: a missing barrier, a barrier that some threads never reach, a copy nobody waited for."""
+    (tmp_path / "broken.cpp").write_text(BROKEN)
+    program = str(tmp_path / "broken")
+    flags = ["-std=c++17", "-O1", "-DDELTATC_HOST_SHIM", f"-I{SHIM}", f"-I{ROOT}/csrc/cuda"]
+    subprocess.run(["g++", *flags, str(tmp_path / "broken.cpp"), "-o", program], check=True)
+
+    def right(what, number):
+        run = subprocess.run(
+            [program, str(what)], capture_output=True, text=True, env=os.environ | {"DELTATC_SCHEDULE": str(number)}
+        )
+        return int(run.stdout) if run.returncode == 0 else run.stderr
+
+    assert right(0, 0) == right(0, 1) == 64
+    assert right(1, 1) == 63 and right(2, 1) == 63
+    assert "barrier that the others never reach" in right(3, 1)
+    assert right(4, 0) == 64  # the copy has not come by then, as on a GPU it may not have
+    assert right(5, 0) == 63 and right(5, 1) < 63
