@@ -67,24 +67,28 @@ def pytest_sessionfinish(session, exitstatus):
 def plot(cells: list[dict], path: Path) -> None:
     """Draw time against tokens, in units of the encoder's bare matrix product, on inputs with Zipf-like latents."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     wide = [(shape, dtype) for shape in ("16k", "65k") for dtype in ("float32", "bfloat16")]
-    figure, axes = plt.subplots(1, len(wide), figsize=(4 * len(wide), 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(wide), figsize=(4 * len(wide), 3.6), sharey=True, layout="constrained")
     for axis, (shape, dtype) in zip(axes, wide, strict=True):
-        chosen = [c for c in cells if (c["d_sae"], c["dtype"], c["inputs"]) == (shape, dtype, "zipf")]
+        chosen = [c for c in cells if (c.get("d_sae"), c.get("dtype"), c.get("inputs")) == (shape, dtype, "zipf")]
         found = {cell["tokens"]: cell["over_deltatc"] for cell in chosen}
         tokens = sorted(found)
         names = {"eager_dense": "two dense products", "eager_sparse": "topk + embedding_bag", "deltatc": "deltatc"}
         for name, label in names.items():
             times = [found[n].get(name, 1.0) / found[n]["gemm"] for n in tokens]
-            axis.plot(tokens, times, marker="o", label=label)
+            axis.plot(tokens, np.array(times), marker="o", label=label)
         axis.axhline(1.0, color="grey", linestyle="--", label="encoder's product alone")
-        axis.set(title=f"{shape} latents, {dtype}", xlabel="tokens", xscale="log", ylim=(0, None))
+        axis.set(title=f"{shape} latents, {dtype}", xlabel="tokens", xscale="log")
+        axis.set_xticks(tokens, [str(n) for n in tokens])
+        axis.minorticks_off()
     axes[0].set_ylabel("time / bare matrix product")
-    axes[-1].legend(fontsize="small")
+    axes[0].set_ylim(0, 1.05 * max(line.get_ydata().max() for axis in axes for line in axis.lines[:-1]))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
