@@ -1,4 +1,4 @@
-"""exp1 and exp2a with the compiled operator and with its plain-torch definition, on what `make repro` left in artifacts/."""
+"""exp1 and exp2a with the compiled operator and with its plain-torch definition, on the artifacts of `make repro`."""
 
 from pathlib import Path
 
