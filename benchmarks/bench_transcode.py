@@ -6,11 +6,15 @@ activations of real text are roughly. Both have 64 active latents a token.
 """
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import embedding_bag, linear
 
+from benchmarks.peers import find_peers
 from deltatc.ops import Weights, transcode
 
 ACTIVE = 64
@@ -56,7 +60,7 @@ def weights(shape, dtype, inputs, d_model):
         "b_dec": base.b_dec + delta.b_dec,
     }
     joined["decoder_T"] = joined["decoder"].T.contiguous()
-    return base, delta, joined
+    return base, delta, joined, *find_peers(joined, ACTIVE)
 
 
 def gemm(x, w):
@@ -76,7 +80,7 @@ def eager_sparse(x, w):
     return embedding_bag(indices, w["decoder"], per_sample_weights=values.relu(), mode="sum") + w["b_dec"]
 
 
-def contenders(x, base, delta, joined, full):
+def contenders(x, base, delta, joined, peers, full):
     found = {
         "deltatc": lambda: transcode(x, base, delta),
         "deltatc_topk": lambda: transcode(x, base, delta, 1.0, ACTIVE - 4, 4),
@@ -84,6 +88,7 @@ def contenders(x, base, delta, joined, full):
         "eager_dense": lambda: eager_dense(x, joined),
         "eager_sparse": lambda: eager_sparse(x, joined),
     }
+    found |= {name: functools.partial(forward, x) for name, forward in peers.items()}
     if full:
         compiled = torch.compile(eager_dense)
         found["compiled_dense"] = lambda: compiled(x, joined)
@@ -105,7 +110,7 @@ def test_forward_full(race, benchmark, case, request):
 def check(race, benchmark, case, full):
     shape, dtype, inputs, tokens = case
     d_model = 64 if benchmark.disabled else D_MODEL  # without timing only that all agree is shown
-    base, delta, joined = weights("tiny" if benchmark.disabled else shape, dtype, inputs, d_model)
+    base, delta, joined, peers, absent = weights("tiny" if benchmark.disabled else shape, dtype, inputs, d_model)
     x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
     with torch.no_grad():
         rows = x[:8]
@@ -113,6 +118,47 @@ def check(race, benchmark, case, full):
         difference = (transcode(rows, base, delta).float() - wanted).norm() / wanted.norm()
         # The chain rounds pre_acts to bfloat16 before it compares them, so a few latents a token flip.
         assert difference < (1e-4 if dtype == "float32" else 0.3)
+        if "sae_lens" in peers:
+            theirs = peers["sae_lens"](rows).float()
+            assert (theirs - wanted).norm() / wanted.norm() < (1e-4 if dtype == "float32" else 0.3)
         rounds = 31 if tokens <= 8 else 9 if tokens <= 128 else 5
         cell = {"d_sae": shape, "dtype": dtype, "inputs": inputs, "tokens": tokens}
-        race(cell, contenders(x, base, delta, joined, full), rounds)
+        cell |= {"absent_peers": absent} if absent else {}
+        race(cell, contenders(x, base, delta, joined, peers, full), rounds)
+
+
+MEMORY = """
+import sys, torch
+sys.path.insert(0, ".")
+from benchmarks.bench_transcode import DTYPES, contenders, weights
+name, tokens, d_model, shape, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+base, delta, joined, peers, _ = weights(shape, dtype, "random", d_model)
+x = torch.randn(tokens, d_model).to(DTYPES[dtype])
+run = {n: contenders(part, base, delta, joined, peers, False)[name] for n, part in (("warm", x[:4]), ("all", x))}
+def resident(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+with torch.no_grad():
+    run["warm"]()
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    run["all"]()
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory(benchmark, cells, dtype):
+    """MiB that one call at 2,048 tokens needs above weights and inputs, its output included; each in its own process."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux, which counts a process's peak memory")
+    small = benchmark.disabled
+    arguments = ["64", "64", "tiny", dtype] if small else ["2048", str(D_MODEL), "16k", dtype]
+    found = {}
+    for name in ["deltatc", "eager_dense", "eager_sparse", *weights("tiny", dtype, "random", 64)[3]]:
+        command = [sys.executable, "-c", MEMORY, name, *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = round(int(run.stdout.split()[-1]) / 1024, 1)
+    benchmark.extra_info.update(found)
+    benchmark.pedantic(lambda: None, rounds=1)
+    if not small:
+        cells.append({"memory": "16k", "dtype": dtype, "tokens": 2048, "peak_mib": found})

@@ -23,6 +23,12 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture
+def cells():
+    """The rows of results/cpu.json."""
+    return CELLS
+
+
+@pytest.fixture
 def race(benchmark):
     """Time contenders {name: function} in turns, so that a busy machine slows all of them; return {name: seconds}.
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import BFLOAT16, assert_close, make_case, make_part, numpy_oracle
 
 from deltatc import ops
 from deltatc.ops import Weights
 from deltatc.ops_ref import part_gradients, transcode_stats_ref
+from tests.test_ops import BFLOAT16, assert_close, make_case, make_part, numpy_oracle
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests/cuda_shim"
@@ -261,10 +261,9 @@ def test_no_access_outside_memory_and_no_undefined_behaviour(tmp_path):
     """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, threads in two orders."""
     library = build(tmp_path, *SANITIZE)
     script = f"""
-import sys, torch
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from test_cuda import forward, gradient_case, gradients
-from test_ops import BFLOAT16, make_case
+import torch
+from tests.test_cuda import forward, gradient_case, gradients
+from tests.test_ops import BFLOAT16, make_case
 torch.ops.load_library({str(library)!r})
 kernels = torch.ops.deltatc_shim
 small = (1, 8, 1, 1, 1.0), (3, 48, 300, 5, 0.05), (17, 8, 129, 3, 0.3)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_ops import BFLOAT16, FLOAT32, FLOAT64, as_double, assert_close, make_case, numpy_oracle, numpy_part
 
 from deltatc import ops_sparse
 from deltatc.errors import OpError
 from deltatc.ops import Weights, transcode
 from deltatc.ops_sparse import SparseActs, decode, encode_jumprelu, encode_topk
+from tests.test_ops import BFLOAT16, FLOAT32, FLOAT64, as_double, assert_close, make_case, numpy_oracle, numpy_part
 
 CASES = [
     (0, 8, 30, FLOAT32, "contiguous"), (1, 1, 1, FLOAT64, "contiguous"), (3, 7, 31, FLOAT32, "sliced"),
