@@ -148,7 +148,7 @@ print(resident("VmHWM") - before)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory(benchmark, cells, dtype):
-    """MiB that one call at 2,048 tokens needs above weights and inputs, its output included; each in its own process."""
+    """MiB that one call at 2,048 tokens needs above weights and inputs, output included; each in its own process."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux, which counts a process's peak memory")
     small = benchmark.disabled
