@@ -103,6 +103,11 @@ def test_many_acts_go_through_matrix_products_and_too_many_through_all_latents(k
         check(forward(kernels, x, base, delta, -1.3), x, base, delta, -1.3)
 
 
+def test_more_tokens_than_a_chunk(kernels):
+    x, base, delta = make_case(4100, 8, 20, 3, 0.3, BFLOAT16)
+    check(forward(kernels, x, base, delta), x, base, delta)
+
+
 @pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("ks", [(), (6, 2)])
 def test_every_schedule_gives_the_same_bits(kernels, schedule, tokens, ks):
