@@ -64,7 +64,7 @@ def weights(shape, dtype, inputs, d_model):
 
 
 def gemm(x, w):
-    """The encoder's matrix product alone: below it no dense encoder can get."""
+    """The encoder's matrix product alone: what any encoder built on it takes at least."""
     return linear(x, w["encoder"], w["b_enc"])
 
 
