@@ -1,4 +1,4 @@
-// Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/transcode.cpp,
+// Every schema of torch.ops.deltatc, in one place. Kernels register themselves beside their code (cpu/*.cpp,
 // cuda/binding.cpp); deltatc/ops.py adds the fake kernels, autograd, the checks that name the argument, and the packed
 // weights: transcode is transcode_packed with what pack(W_enc) made, which is kept until W_enc changes.
 //
@@ -35,12 +35,13 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("transcode_stats(" TRANSCODE_INPUTS
         ") -> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   m.def("transcode_backward(Tensor grad, " TRANSCODE_INPUTS ", bool[] needed) -> Tensor[] gradients");
-  // W_enc as the CPU kernel reads it: [strips of 32 latents, steps, 32], int32 pairs for bfloat16; zeros behind the end.
-  // The CUDA kernels read [d_sae, d_model], contiguous.
-  m.def("pack(Tensor W_enc) -> Tensor packed");
-  m.def("transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "
-        "Tensor? delta_packed, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "
-        "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
+  // W_enc as the CPU kernels read it: its latents as rows [d_sae, d_model padded to 64 bytes], and their screen in eight
+  // bits (cpu/screen.inc; empty where the CPU or dtype has no use for it). The CUDA kernels read [d_sae, d_model], and
+  // no screen.
+  m.def("pack(Tensor W_enc) -> (Tensor rows, Tensor screen)");
+  m.def("transcode_packed(Tensor x, Tensor rows, Tensor? screen, Tensor b_enc, Tensor threshold, Tensor W_dec, "
+        "Tensor b_dec, Tensor? delta_rows, Tensor? delta_screen, Tensor? delta_b_enc, Tensor? delta_threshold, "
+        "Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
         "-> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   // A token's acts in the order of their latents: values [..., capacity] T, indices [..., capacity] int32, counts [...]
   // int32, zeros behind counts. JumpReLU: capacity None is the largest count; a count over capacity raises. TopK: the k
@@ -48,7 +49,7 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("encode_jumprelu(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, int? capacity) "
         "-> (Tensor values, Tensor indices, Tensor counts)");
   m.def("encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k) -> (Tensor values, Tensor indices, Tensor counts)");
-  m.def("encode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, int? k, int? capacity) "
+  m.def("encode_packed(Tensor x, Tensor rows, Tensor? screen, Tensor b_enc, Tensor threshold, int? k, int? capacity) "
         "-> (Tensor values, Tensor indices, Tensor counts)");
   // acts @ W_dec + b_dec + alpha * (delta_acts @ delta_W_dec + delta_b_dec): another alpha encodes nothing again
   m.def("decode(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, "

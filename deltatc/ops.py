@@ -7,7 +7,7 @@ parameters.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,14 @@ _load_library()
 _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def packed(W_enc: Tensor) -> Tensor:
+class Packed(NamedTuple):
+    """W_enc's latents as rows, and on the CPU their screen in eight bits (csrc/cpu/screen.inc), a quarter to a half more."""
+
+    rows: Tensor
+    screen: Tensor | None
+
+
+def packed(W_enc: Tensor) -> Packed:
     """Return W_enc as a kernel reads it; of a frozen one it is kept until W_enc is freed or changed in place.
 
     A change is seen by the tensor's version counter, which every operation on the tensor itself raises; what writes
@@ -198,8 +205,8 @@ def packed(W_enc: Tensor) -> Tensor:
     return kept[1]
 
 
-def _pack(W_enc: Tensor) -> Tensor:
-    return W_enc.detach().t().contiguous() if W_enc.is_cuda else torch.ops.deltatc.pack(W_enc)
+def _pack(W_enc: Tensor) -> Packed:
+    return Packed(W_enc.detach().t().contiguous(), None) if W_enc.is_cuda else Packed(*torch.ops.deltatc.pack(W_enc))
 
 
 def _by_kernel(kernels: Any, want_stats: bool, *arguments: Any) -> tuple[Tensor, ...]:
@@ -210,8 +217,8 @@ def _by_kernel(kernels: Any, want_stats: bool, *arguments: Any) -> tuple[Tensor,
             raise OpError(f"{name} is {described(tensor)}; expected [d_model, d_sae] to fit x, {described(x)}")
     if not 0 < rest[-1] < math.inf:
         raise OpError(f"bandwidth = {rest[-1]!r}; expected a finite number above 0")
-    packs = [None if tensor is None else packed(tensor) for tensor in (W_enc, delta_W_enc)]
-    return kernels.transcode_packed(x, packs[0], b_enc, threshold, W_dec, b_dec, packs[1], *rest[:-1], want_stats)
+    base, delta = packed(W_enc), (None, None) if delta_W_enc is None else packed(delta_W_enc)
+    return kernels.transcode_packed(x, *base, b_enc, threshold, W_dec, b_dec, *delta, *rest[:-1], want_stats)
 
 
 def plain_stats(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -296,7 +303,7 @@ def delta_gradients(
 ) -> list[Tensor]:
     """transcode_backward by csrc/cuda/backward.cu, where x needs no gradient and no k limits the delta."""
     wanted = sum(need << i for i, need in enumerate(needed[1:]))
-    arguments = (grad, x, packed(delta.W_enc), *delta[1:], alpha, bandwidth, wanted)
+    arguments = (grad, x, packed(delta.W_enc).rows, *delta[1:], alpha, bandwidth, wanted)
     found = CUDA_KERNELS.delta_backward(*arguments)
     return [x.new_empty(0), *(f.to(t.dtype) for f, t in zip(found, (*delta, alpha), strict=True))]
 

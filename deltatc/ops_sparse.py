@@ -161,7 +161,7 @@ def _check_acts(prefix: str, acts: SparseActs, W_dec: Any, b_dec: Any) -> None:
 def _by_packed(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int | None, capacity: int | None) -> Any:
     if x.dim() < 1 or W_enc.dim() != 2 or W_enc.shape[0] != x.shape[-1]:
         raise OpError(f"W_enc is {ops.described(W_enc)}; expected [d_model, d_sae] to fit x, {ops.described(x)}")
-    return torch.ops.deltatc.encode_packed(x, ops.packed(W_enc), b_enc, threshold, k, capacity)
+    return torch.ops.deltatc.encode_packed(x, *ops.packed(W_enc), b_enc, threshold, k, capacity)
 
 
 def _in_chunks(encode: Any, x: Tensor, width: int) -> tuple[Tensor, ...]:

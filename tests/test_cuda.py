@@ -56,11 +56,11 @@ def schedule(monkeypatch):
 
 def forward(kernels, x, base, delta=None, alpha=0.7, k_base=None, k_delta=None):
     def packed(part):
-        return part.W_enc.t().contiguous()
+        return part.W_enc.t().contiguous(), None
 
-    rest = (None,) * 5 if delta is None else (packed(delta), *delta[1:])
+    rest = (None,) * 6 if delta is None else (*packed(delta), *delta[1:])
     scale = torch.tensor(alpha, dtype=torch.float64)
-    return kernels.transcode_packed(x, packed(base), *base[1:], *rest, scale, k_base, k_delta, True)
+    return kernels.transcode_packed(x, *packed(base), *base[1:], *rest, scale, k_base, k_delta, True)
 
 
 def check(found, x, base, delta, alpha=0.7, k_base=None, k_delta=None):
@@ -244,7 +244,7 @@ def test_gradients_are_the_same_in_every_schedule_and_alone(kernels, schedule):
 def test_the_library_s_way_to_the_kernels(kernels, monkeypatch):
     """What deltatc.ops does for CUDA tensors, with the shim in the kernels' place."""
     monkeypatch.setattr(ops, "CUDA_KERNELS", kernels)
-    monkeypatch.setattr(ops, "_pack", lambda W_enc: W_enc.detach().t().contiguous())
+    monkeypatch.setattr(ops, "_pack", lambda W_enc: ops.Packed(W_enc.detach().t().contiguous(), None))
     ops._PACKED.clear()
     x, base, delta = make_case(20, 16, 200, 20, 0.3, BFLOAT16)
     arguments = (x, *base, *delta, torch.tensor(0.7), None, 3, 1e-3)

@@ -53,7 +53,7 @@ def test_encode_equals_the_oracle(case, fraction):
             assert acts.counts.tolist() == (wanted > 0).sum(1).tolist()
 
 
-@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("kernel", ["generic", "avx2", "avx512", "avx512vnni", "avx512bf16"])
 def test_every_instruction_set(kernel, monkeypatch):
     from deltatc.ops import build_info
 
@@ -261,7 +261,7 @@ def test_direct_calls_raise_and_never_crash():
         lambda: encode(x[:, :5], *base[:3], None), lambda: encode(x, base.W_enc, base.b_enc[:5], base.threshold, None),
         lambda: encode(x, *base[:2], base.threshold[:3], None), lambda: encode(x, *base[:3], 0),
         lambda: encode(x.double(), *base[:3], None), lambda: topk(x, *base[:2], 31), lambda: topk(x, *base[:2], 0),
-        lambda: torch.ops.deltatc.encode_packed(x, base.W_enc, *base[1:3], None, None),
+        lambda: torch.ops.deltatc.encode_packed(x, base.W_enc, None, *base[1:3], None, None),
         lambda: encode(x[0, 0], *base[:3], None),
     ):  # fmt: skip
         with pytest.raises((RuntimeError, OpError)):

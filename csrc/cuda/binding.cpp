@@ -102,25 +102,25 @@ int32_t check_limit(const char* name, const MaybeInt& k, int32_t width) {
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Stats transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,
-                       MaybeTensor delta_packed, MaybeTensor delta_b_enc, MaybeTensor delta_threshold,
+Stats transcode_packed(Tensor x, Tensor rows, MaybeTensor, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,
+                       MaybeTensor delta_rows, MaybeTensor, MaybeTensor delta_b_enc, MaybeTensor delta_threshold,
                        MaybeTensor delta_W_dec, MaybeTensor delta_b_dec, Tensor alpha, MaybeInt k_base,
                        MaybeInt k_delta, bool want_stats) {
   const int64_t d_model = check_tokens(x, alpha);
   const OnDevice here(x);
-  const bool has_delta = delta_packed.has_value();
+  const bool has_delta = delta_rows.has_value();
   for (const MaybeTensor* tensor : {&delta_b_enc, &delta_threshold, &delta_W_dec, &delta_b_dec}) {
     STD_TORCH_CHECK(tensor->has_value() == has_delta, "the delta_* tensors: expected all five or none");
   }
   STD_TORCH_CHECK(has_delta || !k_delta, "k_delta is given without a delta");
   std::vector<PartTensors> parts;
-  parts.emplace_back("", x, packed, b_enc, threshold, W_dec, b_dec);
+  parts.emplace_back("", x, rows, b_enc, threshold, W_dec, b_dec);
   parts[0].part.k = check_limit("k_base", k_base, parts[0].part.width);
   if (has_delta) {
-    parts.emplace_back("delta_", x, *delta_packed, *delta_b_enc, *delta_threshold, *delta_W_dec, *delta_b_dec);
+    parts.emplace_back("delta_", x, *delta_rows, *delta_b_enc, *delta_threshold, *delta_W_dec, *delta_b_dec);
     parts[1].part.k = check_limit("k_delta", k_delta, parts[1].part.width);
   }
-  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor tokens = torch::stable::contiguous(x);
   const Tensor scale = torch::stable::to(alpha, ScalarType::Float);
   const Tensor recon = torch::stable::new_empty(x, x.sizes());
   const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
@@ -132,7 +132,7 @@ Stats transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, 
   }
 
   CudaTranscode job{};
-  job.x = values_of(rows);
+  job.x = values_of(tokens);
   job.recon = static_cast<bf16*>(recon.data_ptr());
   job.alpha = static_cast<const float*>(scale.data_ptr());
   job.tokens = 1;
@@ -206,9 +206,9 @@ int64_t workspace(int64_t tokens, int64_t d_model, int64_t width, int64_t d_new,
 
 #ifdef DELTATC_HOST_SHIM
 STABLE_TORCH_LIBRARY(deltatc_shim, m) {
-  m.def("transcode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "
-        "Tensor? delta_packed, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "
-        "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
+  m.def("transcode_packed(Tensor x, Tensor rows, Tensor? screen, Tensor b_enc, Tensor threshold, Tensor W_dec, "
+        "Tensor b_dec, Tensor? delta_rows, Tensor? delta_screen, Tensor? delta_b_enc, Tensor? delta_threshold, "
+        "Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, bool want_stats) "
         "-> (Tensor recon, Tensor l0_base, Tensor l1_base, Tensor l0_delta, Tensor l1_delta)");
   m.def("delta_backward(Tensor grad, Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, "
         "Tensor b_dec, Tensor alpha, float bandwidth, int needed) "
