@@ -212,8 +212,9 @@ def _pack(W_enc: Tensor) -> Packed:
 def _by_kernel(kernels: Any, want_stats: bool, *arguments: Any) -> tuple[Tensor, ...]:
     x, W_enc, b_enc, threshold, W_dec, b_dec, delta_W_enc, *rest = arguments
     # What the wrapper has said in better words, for those who call torch.ops directly.
-    for name, tensor in (("W_enc", W_enc), ("delta_W_enc", delta_W_enc)):
-        if tensor is not None and (x.dim() < 1 or tensor.shape[:-1] != x.shape[-1:]):
+    encoders = {"W_enc": W_enc} if delta_W_enc is None else {"W_enc": W_enc, "delta_W_enc": delta_W_enc}
+    for name, tensor in encoders.items():
+        if not isinstance(tensor, Tensor) or x.dim() < 1 or tensor.shape[:-1] != x.shape[-1:]:
             raise OpError(f"{name} is {described(tensor)}; expected [d_model, d_sae] to fit x, {described(x)}")
     if not 0 < rest[-1] < math.inf:
         raise OpError(f"bandwidth = {rest[-1]!r}; expected a finite number above 0")

@@ -19,8 +19,8 @@
 #define DTC_TARGET
 #define DTC_ISA generic
 #define DTC_BYTES 16
-#define DTC_LATENTS 2
-#define DTC_TOKENS 4
+#define DTC_LATENTS 4
+#define DTC_TOKENS 3
 #define DTC_DOT 0
 #define DTC_SCREEN 0
 namespace deltatc {
@@ -42,12 +42,12 @@ namespace deltatc {
 #undef DTC_TARGET
 #undef DTC_ISA
 #undef DTC_BYTES
-#undef DTC_LATENTS
+#undef DTC_TOKENS
 
 #define DTC_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define DTC_ISA avx512
 #define DTC_BYTES 64
-#define DTC_LATENTS 4
+#define DTC_TOKENS 6
 namespace deltatc {
 #include "exact.inc"
 #include "screen.inc"

@@ -13,10 +13,13 @@
 
 namespace deltatc {
 
+
+
 constexpr int64_t kStrip = 32;   // latents that are encoded together
-constexpr int64_t kBlock = 240;  // tokens that are encoded together: so many use each weight while it is in cache
+constexpr int64_t kBlock = 480;  // tokens that are encoded together: so many use each weight while it is in cache
 constexpr int64_t kTile = 12;    // tokens of a screening tile; kBlock is a multiple
 constexpr int64_t kGroup = 64;   // acts summed in Acc before they are added to the double total
+constexpr int64_t kAhead = 8;    // acts by which the rows of W_dec are fetched before they are added
 
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -126,7 +129,7 @@ struct Workspace {
   explicit Workspace(int64_t rows) : pre(rows * kStrip) {}
   Scratch<Accumulator<T>> pre;   // [rows][kStrip]
   uint32_t candidates[kBlock];   // of each row, one bit a latent
-  uint8_t hits[kStrip][kBlock];  // of each latent, the rows that have it as a candidate
+  uint16_t hits[kStrip][kBlock];  // of each latent, the rows that have it as a candidate
   double share = 0.0;            // of candidates among the last strip's pairs
 };
 
