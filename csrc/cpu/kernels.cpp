@@ -2,6 +2,8 @@
 // when a call runs.
 #include "kernels.h"
 
+#include "amx.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -74,20 +76,43 @@ namespace deltatc {
 #include "exact.inc"
 #include "screen.inc"
 }
+#undef DTC_ISA
+#undef DTC_SCREEN
+
+#define DTC_ISA amx_model
+#define DTC_SCREEN 3
+namespace deltatc {
+#include "exact.inc"
+#include "screen.inc"
+}
+#undef DTC_TARGET
+#undef DTC_ISA
+#undef DTC_SCREEN
+
+#define DTC_TARGET \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-int8,fma")))
+#define DTC_ISA amx
+#define DTC_SCREEN 2
+namespace deltatc {
+#include "exact.inc"
+#include "screen.inc"
+}
 #endif
 
 namespace deltatc {
 
 namespace {
 
-enum class Isa { generic, avx2, avx512, avx512vnni, avx512bf16 };
+enum class Isa { generic, avx2, avx512, avx512vnni, avx512bf16, amx_model, amx };
 
 #if defined(__x86_64__)
-const std::vector<std::pair<const char*, Isa>> kCompiled = {{"avx512bf16", Isa::avx512bf16},
+const std::vector<std::pair<const char*, Isa>> kCompiled = {{"amx", Isa::amx},
+                                                            {"avx512bf16", Isa::avx512bf16},
                                                             {"avx512vnni", Isa::avx512vnni},
                                                             {"avx512", Isa::avx512},
                                                             {"avx2", Isa::avx2},
-                                                            {"generic", Isa::generic}};
+                                                            {"generic", Isa::generic},
+                                                            {"amx_model", Isa::amx_model}};
 #else
 const std::vector<std::pair<const char*, Isa>> kCompiled = {{"generic", Isa::generic}};
 #endif
@@ -97,7 +122,9 @@ bool runs_here(Isa isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (isa == Isa::avx512bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::amx) return bf16 && __builtin_cpu_supports("amx-int8") && amx_permitted();
+  if (isa == Isa::avx512bf16 || isa == Isa::amx_model) return bf16;
   if (isa == Isa::avx512vnni) return vnni;
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -112,7 +139,7 @@ std::pair<const char*, Isa> chosen_isa() {
     if (runs_here(isa.second) && (wanted == nullptr || std::strcmp(wanted, isa.first) == 0)) return isa;
   }
   STD_TORCH_CHECK(false, "DELTATC_CPU_KERNEL = ", wanted,
-                  "; expected generic, or avx2, avx512, avx512vnni or avx512bf16 where the CPU has it");
+                  "; expected generic, or avx2, avx512, avx512vnni, avx512bf16 or amx where the CPU has it");
 }
 
 }  // namespace
@@ -136,6 +163,8 @@ Kernels<T> kernels() {
   }
   switch (chosen_isa().second) {
 #if defined(__x86_64__)
+    case Isa::amx: return DTC_KERNELS(amx, true);
+    case Isa::amx_model: return DTC_KERNELS(amx_model, true);
     case Isa::avx512bf16: return DTC_KERNELS(avx512bf16, true);
     case Isa::avx512vnni: return DTC_KERNELS(avx512vnni, true);
     case Isa::avx512: return DTC_KERNELS(avx512, false);

@@ -13,11 +13,9 @@
 
 namespace deltatc {
 
-
-
 constexpr int64_t kStrip = 32;   // latents that are encoded together
 constexpr int64_t kBlock = 480;  // tokens that are encoded together: so many use each weight while it is in cache
-constexpr int64_t kTile = 12;    // tokens of a screening tile; kBlock is a multiple
+constexpr int64_t kTile = 12;    // tokens of a tile of the screen; with the matrix unit, 32
 constexpr int64_t kGroup = 64;   // acts summed in Acc before they are added to the double total
 constexpr int64_t kAhead = 8;    // acts by which the rows of W_dec are fetched before they are added
 
@@ -102,12 +100,12 @@ class Scratch {
 template <typename T>
 struct Tokens {
   explicit Tokens(int64_t rows, int64_t d)
-      : d_model(d), exact(rows * padded<T>(d)), quads(round_up(rows, kTile) * deltatc::quads(d)),
+      : d_model(d), exact(rows * padded<T>(d)), quads((rows + 32) * deltatc::quads(d)),
         scale(rows), norm(rows), error(rows), offset(rows), broken(rows) {}
   int64_t d_model;
   int64_t rows = 0;
   Scratch<Accumulator<T>> exact;  // [rows][padded], as exact.inc's Exact<T>
-  Scratch<int32_t> quads;         // [tile of kTile][quad][kTile]: four signed bytes each
+  Scratch<int32_t> quads;         // [tile of kTile][quad][kTile]: four signed bytes each; matrix unit: [rows][quad]
   Scratch<float> scale, norm, error;
   Scratch<int32_t> offset;  // what the weights' offset of 128 adds to a screen's sum
   Scratch<bool> broken;     // not finite
