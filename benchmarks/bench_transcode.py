@@ -8,6 +8,7 @@ activations of real text are roughly. Both have 64 active latents a token.
 import functools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,12 @@ def cases(tokens, inputs):
 
 
 @functools.lru_cache(maxsize=1)  # cells of one shape follow each other; two sets of weights would not fit in memory
-def weights(shape, dtype, inputs, d_model):
+def weights(shape, dtype, inputs, d_model, active=ACTIVE):
     d_sae, d_new = SHAPES[shape]
     draw = torch.Generator().manual_seed(0)
     width = d_sae + d_new
     rate = torch.ones(width) if inputs == "random" else 1 / (torch.arange(width) + 10.0)
-    rate = (rate / rate.sum() * ACTIVE).clamp(max=0.5)  # more often would be a negative threshold, which acts as 0
+    rate = (rate / rate.sum() * active).clamp(max=0.5)  # more often would be a negative threshold, which acts as 0
     rate = rate[torch.randperm(width, generator=draw)]
     # On standard normal tokens pre_acts are standard normal: a latent with this threshold fires at its rate.
     threshold = torch.distributions.Normal(0.0, 1.0).icdf(1 - rate.double()).float()
@@ -46,7 +47,7 @@ def weights(shape, dtype, inputs, d_model):
             torch.randn(d_model, n, generator=draw) / d_model**0.5,
             torch.zeros(n),
             threshold[start:stop],
-            torch.randn(n, d_model, generator=draw) / ACTIVE**0.5,
+            torch.randn(n, d_model, generator=draw) / active**0.5,
             torch.zeros(d_model),
         )
         return Weights(*(tensor.to(DTYPES[dtype]) for tensor in tensors))
@@ -60,7 +61,7 @@ def weights(shape, dtype, inputs, d_model):
         "b_dec": base.b_dec + delta.b_dec,
     }
     joined["decoder_T"] = joined["decoder"].T.contiguous()
-    return base, delta, joined, *find_peers(joined, ACTIVE)
+    return base, delta, joined, *find_peers(joined, active)
 
 
 def gemm(x, w):
@@ -74,19 +75,19 @@ def eager_dense(x, w):
     return linear(pre * (pre > w["threshold"]), w["decoder_T"], w["b_dec"])
 
 
-def eager_sparse(x, w):
+def eager_sparse(x, w, k=ACTIVE):
     """TopK with a sparse decoder, as sparsify computes it on the CPU."""
-    values, indices = linear(x, w["encoder"], w["b_enc"]).topk(ACTIVE, dim=-1, sorted=False)
+    values, indices = linear(x, w["encoder"], w["b_enc"]).topk(k, dim=-1, sorted=False)
     return embedding_bag(indices, w["decoder"], per_sample_weights=values.relu(), mode="sum") + w["b_dec"]
 
 
-def contenders(x, base, delta, joined, peers, full):
+def contenders(x, base, delta, joined, peers, full, active=ACTIVE):
     found = {
         "deltatc": lambda: transcode(x, base, delta),
-        "deltatc_topk": lambda: transcode(x, base, delta, 1.0, ACTIVE - 4, 4),
+        "deltatc_topk": lambda: transcode(x, base, delta, 1.0, active - 4, 4),
         "gemm": lambda: gemm(x, joined),
         "eager_dense": lambda: eager_dense(x, joined),
-        "eager_sparse": lambda: eager_sparse(x, joined),
+        "eager_sparse": lambda: eager_sparse(x, joined, active),
     }
     found |= {name: functools.partial(forward, x) for name, forward in peers.items()}
     if full:
@@ -95,9 +96,40 @@ def contenders(x, base, delta, joined, peers, full):
     return found
 
 
+@functools.lru_cache
+def machine(dtype):
+    """This machine's rates: bytes a second read from memory, operations a second of torch's matrix product."""
+    held = torch.ones(1 << 28, dtype=torch.int32)
+    a = torch.randn(2304, 2304).to(DTYPES[dtype])
+
+    def best(function):
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return held.nbytes / best(held.max), 2 * len(a) ** 3 / best(lambda: a @ a)
+
+
+def roofline(shape, dtype, tokens, active):
+    """Seconds that the work takes at least, with W_enc multiplied in its own dtype: memory's time or arithmetic's."""
+    bandwidth, operations = machine(dtype)
+    width = sum(SHAPES[shape])
+    read = DTYPES[dtype].itemsize * D_MODEL * (width + min(width, tokens * active) + 2 * tokens)
+    return max(read / bandwidth, 2 * tokens * D_MODEL * (width + active) / operations)
+
+
 @pytest.mark.parametrize("case", cases(SHORT, ["random", "zipf"]), ids=lambda case: "-".join(map(str, case)))
 def test_forward(race, benchmark, case):
     check(race, benchmark, case, full=False)
+
+
+@pytest.mark.parametrize("active", [16, 256, 1024])
+@pytest.mark.parametrize("case", cases({"16k": (512,)}, ["random"]), ids=lambda case: "-".join(map(str, case)))
+def test_forward_with_other_l0(race, benchmark, case, active):
+    check(race, benchmark, case, full=False, active=active)
 
 
 @pytest.mark.parametrize("case", cases(FULL, ["zipf"]), ids=lambda case: "-".join(map(str, case)))
@@ -107,10 +139,13 @@ def test_forward_full(race, benchmark, case, request):
     check(race, benchmark, case, full=True)
 
 
-def check(race, benchmark, case, full):
+def check(race, benchmark, case, full, active=ACTIVE):
     shape, dtype, inputs, tokens = case
     d_model = 64 if benchmark.disabled else D_MODEL  # without timing only that all agree is shown
-    base, delta, joined, peers, absent = weights("tiny" if benchmark.disabled else shape, dtype, inputs, d_model)
+    active = min(active, 64) if benchmark.disabled else active
+    base, delta, joined, peers, absent = weights(
+        "tiny" if benchmark.disabled else shape, dtype, inputs, d_model, active
+    )
     x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
     with torch.no_grad():
         rows = x[:8]
@@ -123,9 +158,10 @@ def check(race, benchmark, case, full):
             theirs = (peers["sae_lens"].result() if theirs is rows else theirs).float()
             assert (theirs - wanted).norm() / wanted.norm() < (1e-4 if dtype == "float32" else 0.3)
         rounds = 31 if tokens <= 8 else 9 if tokens <= 128 else 5
-        cell = {"d_sae": shape, "dtype": dtype, "inputs": inputs, "tokens": tokens}
+        cell = {"d_sae": shape, "dtype": dtype, "inputs": inputs, "tokens": tokens, "active": active}
         cell |= {"absent_peers": absent} if absent else {}
-        race(cell, contenders(x, base, delta, joined, peers, full), rounds)
+        least = None if benchmark.disabled else roofline(shape, dtype, tokens, active)
+        race(cell, contenders(x, base, delta, joined, peers, full, active), rounds, least)
 
 
 MEMORY = """

@@ -35,7 +35,9 @@ def race(benchmark):
     The medians' ratios to `deltatc` go to the table under the cell's name; a ratio above 1 means that ours is faster.
     """
 
-    def run(cell: dict, contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    def run(
+        cell: dict, contenders: dict[str, Callable[[], object]], rounds: int, roofline: float | None = None
+    ) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in contenders}
 
         def turn():
@@ -47,7 +49,8 @@ def race(benchmark):
         benchmark.pedantic(turn, rounds=1 if benchmark.disabled else rounds, warmup_rounds=1)
         medians = {name: statistics.median(found[1:] or found) for name, found in times.items()}
         ours = medians["deltatc"]
-        ratios = {name: round(seconds / ours, 3) for name, seconds in medians.items() if name != "deltatc"}
+        others = medians if roofline is None else medians | {"roofline": roofline}
+        ratios = {name: round(seconds / ours, 3) for name, seconds in others.items() if name != "deltatc"}
         benchmark.extra_info.update(cell | ratios)
         if not benchmark.disabled:
             CELLS.append(cell | {"over_deltatc": ratios})
@@ -71,30 +74,37 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def plot(cells: list[dict], path: Path) -> None:
-    """Draw time against tokens, in units of the encoder's bare matrix product, on inputs with Zipf-like latents."""
+    """Draw time against tokens, over the roofline of the same work in the weights' dtype; Zipf-like latents."""
     import matplotlib
-    import numpy as np
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     wide = [(shape, dtype) for shape in ("16k", "65k") for dtype in ("float32", "bfloat16")]
-    figure, axes = plt.subplots(1, len(wide), figsize=(4 * len(wide), 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(wide), figsize=(4 * len(wide), 3.8), sharey=True, layout="constrained")
+    names = {
+        "sae_lens": "SAELens",
+        "eager_dense": "two dense products",
+        "sparsify": "sparsify",
+        "eager_sparse": "topk + embedding_bag",
+        "deltatc": "deltatc",
+    }
     for axis, (shape, dtype) in zip(axes, wide, strict=True):
         chosen = [c for c in cells if (c.get("d_sae"), c.get("dtype"), c.get("inputs")) == (shape, dtype, "zipf")]
         found = {cell["tokens"]: cell["over_deltatc"] for cell in chosen}
         tokens = sorted(found)
-        names = {"eager_dense": "two dense products", "eager_sparse": "topk + embedding_bag", "deltatc": "deltatc"}
         for name, label in names.items():
-            times = [found[n].get(name, 1.0) / found[n]["gemm"] for n in tokens]
-            axis.plot(tokens, np.array(times), marker="o", label=label)
-        axis.axhline(1.0, color="grey", linestyle="--", label="encoder's product alone")
-        axis.set(title=f"{shape} latents, {dtype}", xlabel="tokens", xscale="log")
+            times = [
+                found[n].get(name, 1.0 if name == "deltatc" else float("nan")) / found[n]["roofline"] for n in tokens
+            ]
+            axis.plot(tokens, times, marker="o", label=label, linewidth=2.5 if name == "deltatc" else 1.2)
+        axis.axhline(1.0, color="grey", linestyle="--", label="roofline")
+        axis.set(title=f"{shape} latents, {dtype}", xlabel="tokens", xscale="log", yscale="log")
         axis.set_xticks(tokens, [str(n) for n in tokens])
+        axis.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
         axis.minorticks_off()
-    axes[0].set_ylabel("time / bare matrix product")
-    axes[0].set_ylim(0, 1.05 * max(line.get_ydata().max() for axis in axes for line in axis.lines[:-1]))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axes[0].set_ylabel("time / roofline")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -5,6 +5,7 @@ Without a CUDA device it runs the same lines on the CPU, small (`--device cpu`),
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import subprocess
@@ -13,9 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import embedding_bag, linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.bench_transcode import eager_dense, eager_sparse, gemm
+from benchmarks.peers import find_peers
 from deltatc import build_info
 from deltatc.ops import Weights, transcode, transcode_stats
 from deltatc.ops_ref import transcode_ref, transcode_stats_ref
@@ -105,31 +107,33 @@ def check(device, small):
     return report
 
 
+def joined_weights(base, delta):
+    """Base and delta as one transcoder, in the layouts that peers read."""
+    found = {
+        "encoder": torch.cat([base.W_enc, delta.W_enc], dim=1).T.contiguous(),
+        "decoder": torch.cat([base.W_dec, delta.W_dec]),
+        "b_dec": base.b_dec + delta.b_dec,
+    }
+    found |= {name: torch.cat([getattr(part, name) for part in (base, delta)]) for name in ("b_enc", "threshold")}
+    return found | {"decoder_T": found["decoder"].T.contiguous()}
+
+
 def contenders(x, base, delta, device):
-    joined = [torch.cat(pair) for pair in zip((base[0].T, *base[1:4]), (delta[0].T, *delta[1:4]), strict=True)]
-    encoder, b_enc, threshold, decoder = (tensor.contiguous() for tensor in joined)
-    decoder_T, b_dec = decoder.T.contiguous(), base.b_dec + delta.b_dec
-
-    def eager_dense():
-        pre = linear(x, encoder, b_enc)
-        return linear(pre * (pre > threshold), decoder_T, b_dec)
-
-    def eager_topk():
-        values, indices = linear(x, encoder, b_enc).topk(ACTIVE, dim=-1, sorted=False)
-        return embedding_bag(indices, decoder, per_sample_weights=values.relu(), mode="sum") + b_dec
-
+    joined = joined_weights(base, delta)
+    peers, absent = find_peers(joined, ACTIVE, here=True)
     found = {
         "deltatc": lambda: transcode(x, base, delta),
         "deltatc_topk": lambda: transcode(x, base, delta, 1.0, ACTIVE - 4, 4),
-        "gemm": lambda: linear(x, encoder, b_enc),
-        "eager_dense": eager_dense,
-        "eager_topk": eager_topk,
-    }
+        "gemm": lambda: gemm(x, joined),
+        "eager_dense": lambda: eager_dense(x, joined),
+        "eager_topk": lambda: eager_sparse(x, joined),
+    } | {name: functools.partial(forward, x) for name, forward in peers.items()}
     if device == "cuda":
-        found["compiled_dense"] = torch.compile(eager_dense)
+        compiled = torch.compile(eager_dense)
+        found["compiled_dense"] = lambda: compiled(x, joined)
         if x.shape[0] <= 16:
             found["deltatc_graph"], found["eager_graph"] = (captured(found[n]) for n in ("deltatc", "eager_dense"))
-    return found
+    return found, absent
 
 
 def captured(function):
@@ -197,12 +201,18 @@ def measure(device, small):
         for tokens in TOKENS[: 3 if small else None]:
             x, base, delta = make_case(shape, tokens, device)
             with torch.no_grad():
-                functions = contenders(x, base, delta, device)
-                cell = {"d_sae": name, "tokens": tokens, "us": race(functions, device, 20 if tokens <= 4096 else 5)}
+                functions, absent = contenders(x, base, delta, device)
+                cell = {
+                    "d_sae": name,
+                    "tokens": tokens,
+                    "absent_peers": absent,
+                    "us": race(functions, device, 20 if tokens <= 4096 else 5),
+                }
                 if device == "cuda" and tokens == TOKENS[-1]:
                     cell["peak_bytes"] = {n: peak_bytes(functions[n]) for n in ("deltatc", "eager_dense")}
             cells.append(cell)
-            print(f"{name:>4} N={tokens:<6}", "  ".join(f"{n} {us:.1f}" for n, us in cell["us"].items()), flush=True)
+            row = [f"{n} {us:.1f}" for n, us in cell["us"].items()] + [f"{n} peer absent" for n in absent]
+            print(f"{name:>4} N={tokens:<6}", "  ".join(row), flush=True)
         x, base, delta = make_case(shape, TOKENS[2 if small else 5], device)
         us = race(backward_contenders(x, base, delta), device, 20)
         cells.append({"d_sae": name, "tokens": x.shape[0], "backward": True, "us": us})
@@ -223,7 +233,6 @@ def main():
     about = {
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "torch": torch.__version__, "built": build_info(), "date": datetime.date.today().isoformat(), "commit": commit,
-        "absent_peers": ["sparsify", "SAELens"],
     }  # fmt: skip
     found = (check if options.what == "check" else measure)(options.device, options.small)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Published packages as contenders, where they are: $DELTATC_PEERS names the folder of a virtual environment with them.
+"""Published packages as contenders, where they are: $DELTATC_PEERS names the folder of a virtual environment with them,
+or one into which their packages were unpacked.
 
 python -m venv peers && peers/bin/pip install torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3
 DELTATC_PEERS=peers make bench
@@ -23,7 +24,7 @@ from torch import Tensor
 
 ENVIRONMENT = Path(os.environ["DELTATC_PEERS"]).resolve() if os.environ.get("DELTATC_PEERS") else None
 if ENVIRONMENT is not None:
-    sys.path += map(str, ENVIRONMENT.glob("lib/python*/site-packages"))
+    sys.path += [*map(str, ENVIRONMENT.glob("lib/python*/site-packages")), str(ENVIRONMENT)]
 
 
 def sparsify(joined: dict[str, Tensor], k: int) -> Callable[[Tensor], Tensor]:
@@ -47,7 +48,12 @@ def sae_lens(joined: dict[str, Tensor], k: int) -> Callable[[Tensor], Tensor]:
     width, d_model = joined["decoder"].shape
     dtype = str(joined["decoder"].dtype).removeprefix("torch.")
     config = module.JumpReLUTranscoderConfig(
-        d_in=d_model, d_out=d_model, d_sae=width, dtype=dtype, device="cpu", apply_b_dec_to_input=False
+        d_in=d_model,
+        d_out=d_model,
+        d_sae=width,
+        dtype=dtype,
+        device=str(joined["decoder"].device),
+        apply_b_dec_to_input=False,
     )
     with torch.device("meta"):
         coder = module.JumpReLUTranscoder(config)
@@ -60,8 +66,10 @@ def sae_lens(joined: dict[str, Tensor], k: int) -> Callable[[Tensor], Tensor]:
 PEERS = {"sparsify": sparsify, "sae_lens": sae_lens}
 
 
-def find_peers(joined: dict[str, Tensor], k: int) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[str]]:
-    """Return {name: forward} of the peers that are there, and the names of the absent ones."""
+def find_peers(
+    joined: dict[str, Tensor], k: int, here: bool = False
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[str]]:
+    """Return {name: forward} of the peers that are there (here: in this very process), and the absent ones' names."""
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     absent = []
     for name, make in PEERS.items():
@@ -69,7 +77,7 @@ def find_peers(joined: dict[str, Tensor], k: int) -> tuple[dict[str, Callable[[T
             found[name] = make(joined, k)
         except ImportError:
             try:
-                found[name] = OtherPython(name, joined, k)
+                found[name] = OtherPython(name, joined, k, ENVIRONMENT if not here else None)
             except OSError:
                 absent.append(name)
     return found, absent
@@ -78,17 +86,17 @@ def find_peers(joined: dict[str, Tensor], k: int) -> tuple[dict[str, Callable[[T
 class OtherPython:
     """A peer in the environment's own Python; called like a function. Raises OSError where there is none."""
 
-    def __init__(self, name: str, joined: dict[str, Tensor], k: int) -> None:
-        if ENVIRONMENT is None:
-            raise FileNotFoundError("DELTATC_PEERS is not set")
+    def __init__(self, name: str, joined: dict[str, Tensor], k: int, environment: Path | None) -> None:
+        if environment is None:
+            raise FileNotFoundError("no environment of its own for a peer")
         self.folder = tempfile.TemporaryDirectory()
         self.x: Tensor | None = None
         save_file({key: tensor.contiguous() for key, tensor in joined.items()}, f"{self.folder.name}/weights")
-        command = [ENVIRONMENT / "bin/python", __file__, name, self.folder.name, str(k)]
+        command = [environment / "bin/python", __file__, name, self.folder.name, str(k)]
         clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DELTATC_PEERS")}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
         if not self._ask("hello"):
-            raise FileNotFoundError(f"{name} does not run in {ENVIRONMENT}")
+            raise FileNotFoundError(f"{name} does not run in {environment}")
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is not self.x:

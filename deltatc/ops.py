@@ -52,6 +52,9 @@ def transcode(
     k_base: int | None = None,
     k_delta: int | None = None,
     bandwidth: float = 1e-3,
+    *,
+    W_skip: Tensor | None = None,
+    mlp_out: Tensor | None = None,
 ) -> Tensor:
     """Return base(x) + alpha * delta(x), never holding tokens x d_sae; alpha = 0 is base(x) bit for bit.
 
@@ -61,9 +64,11 @@ def transcode(
     that is not finite, or whose pre_acts are not, gives a NaN row and changes no other row.
     Differentiable, once, in x, the delta's five tensors and alpha; the base is frozen. The threshold's
     gradient is straight-through (arXiv 2407.14435): a rectangle kernel of width `bandwidth` (of pre_acts).
-    Raises OpError, naming the argument.
+    W_skip [d_model, d_model] adds x @ W_skip (skip transcoders, arXiv 2501.18823); with mlp_out, of x's shape, the
+    result is mlp_out - recon, the transcoder's error. Raises OpError, naming the argument.
     """
-    return torch.ops.deltatc.transcode(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
+    recon = torch.ops.deltatc.transcode(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
+    return _finished(recon, x, W_skip, mlp_out)
 
 
 def transcode_stats(
@@ -74,13 +79,16 @@ def transcode_stats(
     k_base: int | None = None,
     k_delta: int | None = None,
     bandwidth: float = 1e-3,
+    *,
+    W_skip: Tensor | None = None,
+    mlp_out: Tensor | None = None,
 ) -> TranscodeStats:
     """Return transcode's recon with each token's l0 and l1; only recon is differentiable.
 
     The delta's l0 and l1 do not depend on alpha (also at 0), are 0 without a delta, and NaN in a NaN row.
     """
     recon, *stats = torch.ops.deltatc.transcode_stats(*_arguments(x, base, delta, alpha, k_base, k_delta, bandwidth))
-    return TranscodeStats(recon, *(stat.detach() for stat in stats))
+    return TranscodeStats(_finished(recon, x, W_skip, mlp_out), *(stat.detach() for stat in stats))
 
 
 def encode(x: Tensor, weights: Weights, k: int | None = None) -> Tensor:
@@ -104,6 +112,20 @@ def build_info() -> dict[str, Any]:
     """Say what was built: CUDA, architectures, compiler; CPU instruction sets, the one in use first."""
     nvcc, *archs = torch.ops.deltatc.cuda_build().split("+")
     return {"cuda": bool(nvcc), "archs": archs, "nvcc": nvcc or None, "cpu": torch.ops.deltatc.cpu_kernels().split()}
+
+
+def _finished(recon: Tensor, x: Tensor, W_skip: Tensor | None, mlp_out: Tensor | None) -> Tensor:
+    """Add the skip connection and take the error: both touch d_model values a token, and cost next to nothing."""
+    d_model = x.shape[-1]
+    for name, tensor, shape in (("W_skip", W_skip, (d_model, d_model)), ("mlp_out", mlp_out, x.shape)):
+        if tensor is None:
+            continue
+        fits = isinstance(tensor, Tensor) and tensor.shape == shape
+        if not fits or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise OpError(f"{name} is {described(tensor)}; expected {x.dtype} {list(shape)} on {x.device} to fit x")
+    if W_skip is not None:
+        recon = recon + x @ W_skip
+    return recon if mlp_out is None else mlp_out - recon
 
 
 def _arguments(
@@ -183,7 +205,7 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Packed(NamedTuple):
-    """W_enc's latents as rows, and on the CPU their screen in eight bits (csrc/cpu/screen.inc), a quarter to a half more."""
+    """W_enc's latents as rows, and on the CPU their screen in eight bits (csrc/cpu/screen.inc), a byte a weight."""
 
     rows: Tensor
     screen: Tensor | None

@@ -393,6 +393,24 @@ def sized(*shape, dtype=FLOAT32, device="cpu"):
     return torch.zeros(*shape, dtype=dtype, device=device)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16])
+def test_skip_connection_and_error(dtype):
+    x, base, delta = make_case(6, 8, 30, 4, 0.5, dtype)
+    draw = torch.Generator().manual_seed(9)
+    W_skip, mlp_out = (torch.randn(n, 8, generator=draw).to(dtype) for n in (8, 6))
+    oracle = numpy_oracle(x, base, delta, 0.7)[0] + x.double().numpy() @ W_skip.double().numpy()
+    eager = ops.transcode_ref(x, base, delta, 0.7) + x @ W_skip
+    assert_close(transcode(x, base, delta, 0.7, W_skip=W_skip), oracle, eager)
+    error = mlp_out.double().numpy() - oracle
+    assert_close(transcode(x, base, delta, 0.7, W_skip=W_skip, mlp_out=mlp_out), error, mlp_out - eager)
+    stats = transcode_stats(x, base, delta, 0.7, mlp_out=mlp_out)
+    assert torch.equal(stats.recon, mlp_out - transcode(x, base, delta, 0.7))
+    if dtype == FLOAT64:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, W_skip, mlp_out)]
+        run = lambda x, W, out: transcode(x, base, delta, 0.7, W_skip=W, mlp_out=out)  # noqa: E731
+        assert torch.autograd.gradcheck(run, leaves)
+
+
 BAD = [  # the change in a good call (x [5, 8], base 30 wide, delta 4 wide), and words that must come back
     (given(x=3.0), "x is 3.0"),
     (given(x=torch.tensor(1.0)), "x is torch.float32 []"),
@@ -433,6 +451,10 @@ BAD = [  # the change in a good call (x [5, 8], base 30 wide, delta 4 wide), and
     (given(bandwidth=0.0), "bandwidth = 0.0"),
     (given(bandwidth=float("inf")), "bandwidth = inf"),
     (given(bandwidth=None), "bandwidth = None"),
+    (given(W_skip=sized(8, 7)), "W_skip is torch.float32 [8, 7]"),
+    (given(W_skip=3.0), "W_skip is 3.0"),
+    (given(mlp_out=sized(5, 9)), "mlp_out is torch.float32 [5, 9]"),
+    (given(mlp_out=sized(5, 8, dtype=BFLOAT16)), "mlp_out is torch.bfloat16"),
 ]
 
 
@@ -454,9 +476,10 @@ def direct(case):
     return torch.ops.deltatc.transcode(case["x"], *case["base"], *delta, *rest)
 
 
-# What the operator itself takes: meta tensors (no data), NaN, what converts, a base that requires grad.
+# What the operator itself takes: meta tensors (no data), NaN, what converts, a base that requires grad. It has neither
+# W_skip nor mlp_out.
 TAKEN = ("on meta", "alpha = nan", "alpha is torch.int64", "k_base = True", "base requires grad")
-RUNTIME_BAD = [n for n, (_, words) in enumerate(BAD) if not words.endswith(TAKEN)]
+RUNTIME_BAD = [n for n, (_, w) in enumerate(BAD) if not w.endswith(TAKEN) and not w.startswith(("W_skip", "mlp_out"))]
 
 
 @pytest.mark.parametrize("number", RUNTIME_BAD)

@@ -146,7 +146,7 @@ def screen_of(values):
 @pytest.mark.parametrize("size", [1, 40, 64, 200, 2304])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds_and_is_tight(kind, size, dtype):
-    """For any two vectors: their product is within the bound of their bytes' product; and bytes lose about a percent."""
+    """The product of any two vectors is within the bound of their bytes' product; bytes lose about a percent."""
     values = shaped(kind, 70, size, torch.Generator().manual_seed(size)).to(dtype)
     scale, norm, error, found = screen_of(values)
     exact = values.double().numpy()
