@@ -169,6 +169,52 @@ def test_the_rotation_is_what_keeps_outliers_from_the_bytes():
     assert unrotated.min() > 2 * (error / norm).max()
 
 
+def rotation(size):
+    """R as csrc/cpu/screen.inc describes it, in float64: two Hadamard transforms with signs."""
+    power = 1 << (size.bit_length() - 1)
+    parity = np.array([[bin(i & j).count("1") % 2 for j in range(power)] for i in range(power)])
+    signs = []
+    for i in range(1, power + 1):
+        mixed = (i ^ i >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        mixed = (mixed ^ mixed >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+        signs.append(-1.0 if (mixed ^ mixed >> 16) & 1 else 1.0)
+    found = np.eye(size)
+    for start in (0, size - power):
+        part = slice(start, start + power)
+        found[part] = (1 - 2.0 * parity) * signs / power**0.5 @ found[part]
+    return found
+
+
+@pytest.mark.parametrize("size", [64, 128, 320])
+def test_norms_and_errors_are_what_the_bytes_leave_out(size):
+    values = shaped("normal", 40, size, torch.Generator().manual_seed(1))
+    scale, norm, error, found = screen_of(values)
+    rotated = values.double().numpy() @ rotation(size).T
+    left = np.linalg.norm(rotated - scale[:, None] * found, axis=1)
+    assert (error >= left).all() and (error <= 1.01 * left).all()
+    assert (norm >= np.linalg.norm(rotated, axis=1)).all()
+    assert (np.abs(found).max(axis=1) == 127).all()
+
+
+@pytest.mark.parametrize("lost_by", ["the token", "the latent", "both"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_worst_case_is_kept(lost_by, tokens):
+    """What the bytes leave out lies along the other vector: the bound of Cauchy and Schwarz is attained."""
+    size, draw = 320, np.random.default_rng(0)
+    sides = draw.choice([-1.0, 1.0], size)
+    exact, between = 126 * sides, 126.49 * sides
+    exact[0] = between[0] = 127 * sides[0]  # the largest: it sets the scale
+    of_x, of_w = (between if lost_by in (name, "both") else exact for name in ("the token", "the latent"))
+    x, w = ((part @ rotation(size)).astype(np.float32) for part in (of_x / 100, of_w / 1000))
+    product, of_bytes = x.astype(np.float64) @ w, exact @ exact / 1e5
+    assert product > of_bytes * 1.003
+    threshold = torch.full((50,), product - 0.05 * (product - of_bytes))
+    W_enc, zeros = torch.from_numpy(w)[:, None].repeat(1, 50), torch.zeros(50)
+    base = Weights(W_enc, zeros, threshold.float(), torch.ones(50, size), torch.zeros(size))
+    stats = assert_same_bits(torch.from_numpy(x).repeat(tokens, 1), base)
+    assert stats[1].tolist() == [50.0] * tokens
+
+
 def test_float64_has_no_screen():
     assert ops.packed(torch.randn(8, 40, dtype=FLOAT64)).screen.numel() == 0
 

@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,11 +15,14 @@ namespace deltatc {
 
 constexpr int kAmx = 2, kAmxModel = 3;  // of DTC_SCREEN
 
-// Linux gives the tiles' registers to a process that asks for them.
-inline bool amx_permitted() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+// Whether the CPU has the unit for bytes, and Linux gives its registers to this process, which has to ask.
+inline bool amx_available() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a, b, c, features = 0;
+  constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
   constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
+  return (features & kTiles) && (features & kBytes) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif
