@@ -123,7 +123,8 @@ bool runs_here(Isa isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-  if (isa == Isa::amx) return bf16 && amx_available();
+  static const bool amx = amx_available();  // asked once: CPUID costs microseconds in a virtual machine
+  if (isa == Isa::amx) return bf16 && amx;
   if (isa == Isa::avx512bf16 || isa == Isa::amx_model) return bf16;
   if (isa == Isa::avx512vnni) return vnni;
   if (isa == Isa::avx512) return avx512;
