@@ -34,17 +34,14 @@ def assert_close(got, oracle, baseline=None, factor=None):
 
 
 def numpy_part(x, part, k):
-    """part(x) and its acts in float64, one token at a time: x [tokens, d_model]."""
+    """part(x) and its acts in float64: x [tokens, d_model]."""
     W_enc, b_enc, threshold, W_dec, b_dec = (tensor.double().numpy() for tensor in part)
-    recon, acts = np.zeros((len(x), len(b_dec))), np.zeros((len(x), len(b_enc)))
-    for row, token in enumerate(x):
-        pre = b_enc + (token[:, None] * W_enc).sum(0)
-        active = [j for j in range(len(pre)) if pre[j] > 0 and pre[j] > threshold[j]]
-        for j in sorted(active, key=lambda j: (-pre[j], j))[:k]:
-            acts[row, j] = pre[j]
-            recon[row] += pre[j] * W_dec[j]
-        recon[row] += b_dec
-    return recon, acts
+    acts = x @ W_enc + b_enc
+    acts[~((acts > 0) & (acts > threshold))] = 0
+    if k is not None:
+        for token in acts:  # a stable sort: ties go to the lower index
+            token[np.argsort(-token, kind="stable")[k:]] = 0
+    return acts @ W_dec + b_dec, acts
 
 
 def numpy_oracle(x, base, delta=None, alpha=1.0, k_base=None, k_delta=None):
@@ -78,7 +75,7 @@ def make_part(d_model, width, x, fraction, seed, layout="contiguous"):
     rows = rows[rows.isfinite().all(-1)]
     if len(rows) and fraction < 1:
         pre = (rows @ W_enc.double() + b_enc.double()).sort(0).values
-        at = torch.arange(len(rows)).div(len(rows)).sub(1 - fraction).abs().sort().indices[:7]
+        at = torch.arange(len(rows) + 1).div(len(rows)).sub(1 - fraction).abs().sort().indices[:7]
         edges = torch.cat([pre[:1] - 1, pre, pre[-1:] + 1])
         low, high = edges[at], edges[at + 1]  # a few gaps near the wanted quantile: the widest wins
         widest = (high - low).argmax(0, keepdim=True)
@@ -107,17 +104,17 @@ def as_double(part):
 AXES = (
     (0, 1, 3, 64, 257),
     (1, 8, 48, 2304),
-    (1, 128, 1000),
+    (1, 128, 1000, 16384),
     (0.0, 0.05, 0.5, 1.0),
     (FLOAT64, FLOAT32, BFLOAT16),
     ("contiguous", "sliced", "transposed"),
 )
 
 
-def pairwise(axes):
+def pairwise(axes, seed):
     """Greedy cover of all pairs of values of two axes."""
     missing = {(i, a, j, b) for i in range(len(axes)) for j in range(i) for a in axes[i] for b in axes[j]}
-    draw, cases = np.random.default_rng(0), []
+    draw, cases = np.random.default_rng(seed), []
     while missing:
         tries = [tuple(axis[draw.integers(len(axis))] for axis in axes) for _ in range(60)]
         covers = [{(i, t[i], j, t[j]) for i in range(len(axes)) for j in range(i)} & missing for t in tries]
@@ -126,7 +123,12 @@ def pairwise(axes):
     return cases
 
 
-CASES = pairwise(AXES)
+def heavy(case):
+    return case[1] * case[2] > 1 << 24  # seconds each
+
+
+# Several covers, of which only the first keeps its heavy cases.
+CASES = pairwise(AXES, 0) + [case for seed in range(1, 5) for case in pairwise(AXES, seed) if not heavy(case)]
 
 
 def test_the_cases_cover_every_pair():
@@ -135,10 +137,10 @@ def test_the_cases_cover_every_pair():
 
 
 @pytest.mark.parametrize("selection", ["jumprelu", "topk"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v).replace("torch.", "") for v in case))
+@pytest.mark.parametrize("case", sorted(set(CASES), key=str), ids=lambda case: "-".join(map(str, case)))
 def test_transcode_equals_the_oracle(case, selection):
     tokens, d_model, width, fraction, dtype, layout = case
-    d_new = {1: 1, 128: 7, 1000: 130}[width]
+    d_new = {1: 1, 128: 7, 1000: 130, 16384: 128}[width]
     x, base, delta = make_case(tokens, d_model, width, d_new, fraction, dtype, layout)
     ks = (None, None) if selection == "jumprelu" else (max(1, width // 9), max(1, d_new // 2))
     found = transcode_stats(x, base, delta, 0.7, *ks)
