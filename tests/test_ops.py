@@ -261,6 +261,7 @@ def test_alpha_zero_is_the_base_bit_for_bit_and_the_base_ignores_the_delta(dtype
         assert found.l1_delta.sum() > 0  # what the delta would add does not depend on alpha
     broken = delta._replace(b_dec=torch.full_like(delta.b_dec, torch.nan))
     assert torch.equal(transcode(x, base, broken, 0.0, *ks), alone.recon)
+    assert torch.equal(transcode_stats(x, base, broken, 0.0, *ks).recon, alone.recon)
     silent = delta._replace(W_dec=torch.zeros_like(delta.W_dec), b_dec=torch.zeros_like(delta.b_dec))
     assert torch.equal(transcode(x, base, silent, 0.9, *ks), alone.recon)
     assert alone.l0_delta.sum() == 0
@@ -268,9 +269,9 @@ def test_alpha_zero_is_the_base_bit_for_bit_and_the_base_ignores_the_delta(dtype
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("ks", [(None, None), (9, 3)])
-@pytest.mark.parametrize("tokens", [257, 480])
+@pytest.mark.parametrize("tokens", [257, 1000])  # a block, and several
 def test_a_row_depends_on_nothing_but_itself(dtype, ks, tokens):
-    x, base, delta = make_case(tokens, 48, 300, 7, 0.2, dtype)
+    x, base, delta = make_case(tokens, 48, 300, 7, 0.6, dtype)
     whole = transcode(x, base, delta, 0.5, *ks)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(5))
     assert torch.equal(transcode(x[order], base, delta, 0.5, *ks), whole[order])
