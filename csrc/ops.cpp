@@ -29,6 +29,9 @@
   "Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "          \
   "Tensor? delta_W_enc, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "      \
   "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, float bandwidth"
+#define DECODE_INPUTS                                                                              \
+  "Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, " \
+  "Tensor? delta_indices, Tensor? delta_counts, Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha"
 
 STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("transcode(" TRANSCODE_INPUTS ") -> Tensor recon");
@@ -51,9 +54,8 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("encode_packed(Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, int? k, int? capacity) "
         "-> (Tensor values, Tensor indices, Tensor counts)");
   // acts @ W_dec + b_dec + alpha * (delta_acts @ delta_W_dec + delta_b_dec): another alpha encodes nothing again
-  m.def("decode(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, "
-        "Tensor? delta_indices, Tensor? delta_counts, Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha) "
-        "-> Tensor recon");
+  m.def("decode(" DECODE_INPUTS ") -> Tensor recon");
+  m.def("decode_acts(" DECODE_INPUTS ") -> Tensor recon");  // decode's kernel on CUDA devices (cuda/sparse.cu)
   // The delta's gradients in float32, on CUDA devices (cuda/backward.cu); bit i of `needed`: the i-th is wanted, else empty
   m.def("delta_backward(Tensor grad, Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, "
         "Tensor b_dec, Tensor alpha, float bandwidth, int needed) "

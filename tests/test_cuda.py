@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltatc import ops
+from deltatc import ops, ops_sparse
 from deltatc.ops import Weights
 from deltatc.ops_ref import part_gradients, transcode_stats_ref
-from tests.test_ops import BFLOAT16, assert_close, make_case, make_part, numpy_oracle
+from deltatc.ops_sparse import SparseActs
+from tests.test_ops import BFLOAT16, as_double, assert_close, make_case, make_part, numpy_oracle, numpy_part
+from tests.test_ops_sparse import check_form, dense
 
 ROOT = Path(__file__).parent.parent
 SHIM = ROOT / "tests/cuda_shim"
@@ -106,6 +108,7 @@ def test_many_acts_go_through_matrix_products_and_too_many_through_all_latents(k
 def test_more_tokens_than_a_chunk(kernels):
     x, base, delta = make_case(4100, 8, 20, 3, 0.3, BFLOAT16)
     check(forward(kernels, x, base, delta), x, base, delta)
+    check_acts(encode(kernels, x, base), x, base)
 
 
 @pytest.mark.parametrize("tokens", [4, 40])
@@ -241,6 +244,210 @@ def test_gradients_are_the_same_in_every_schedule_and_alone(kernels, schedule):
     assert all((t == 0).all() for t in gradients(kernels, grad[:0], x[:0], delta))
 
 
+def encode(kernels, x, part, k=None, capacity=None):
+    """JumpReLU, or with k TopK."""
+    threshold = part.threshold if k is None else torch.zeros_like(part.threshold)
+    arguments = (x, part.W_enc.t().contiguous(), part.b_enc, threshold, k, k or capacity)
+    return SparseActs(*kernels.encode_packed(*arguments))
+
+
+def decode(kernels, acts, base, more=None, delta=None, alpha=0.7):
+    rest = (None,) * 5 if more is None else (*more, *delta[3:])
+    return kernels.decode_acts(*acts, *base[3:], *rest, torch.tensor(alpha, dtype=torch.float64))
+
+
+def assert_rounded(found, wanted):
+    """In bfloat16 the nearest of `wanted`, but for float32's errors."""
+    bound = 2**-8 * wanted.abs() + 1e-5 * wanted.abs().max() if wanted.numel() else 0
+    assert found.shape == wanted.shape and ((found.double() - wanted).abs() <= bound).all()
+
+
+def check_acts(acts, x, part, k=None):
+    """The same latents as in float64, and their values."""
+    if k is not None:
+        part = part._replace(threshold=torch.zeros_like(part.threshold))
+    wanted = torch.from_numpy(numpy_part(x.double().numpy(), as_double(part), k)[1])
+    check_form(acts)
+    found = dense(acts, wanted.shape[1])
+    assert torch.equal(found > 0, wanted > 0) and acts.counts.tolist() == (wanted > 0).sum(1).tolist()
+    assert acts.values.shape[1] == (k or int(acts.counts.max()))
+    assert_rounded(found, wanted)
+
+
+# tokens, d_model, latents, active fraction, strides, k
+SPARSE = [
+    (1, 8, 1, 1.0, "contiguous", 1),
+    (3, 48, 1000, 0.05, "sliced", 40),
+    (16, 2304, 129, 0.5, "transposed", 7),
+    (17, 72, 128, 0.0, "contiguous", 128),
+    (64, 8, 1000, 1.0, "sliced", 1),
+    (130, 72, 129, 0.5, "transposed", 64),
+    (257, 48, 128, 0.05, "contiguous", 3),
+]
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=str)
+def test_encode_and_decode_equal_the_oracle(kernels, case):
+    *shape, fraction, layout, k = case
+    x, base, delta = make_case(*shape, 20, fraction, BFLOAT16, layout, seed=shape[0])
+    more = encode(kernels, x, delta)
+    for limit in (None, k):
+        acts = encode(kernels, x, base, limit)
+        check_acts(acts, x, base, limit)
+        parts = [dense(a, a_part.b_enc.numel()) @ a_part.W_dec.double() + a_part.b_dec.double()
+                 for a, a_part in ((acts, base), (more, delta))]  # fmt: skip
+        assert_rounded(decode(kernels, acts, base), parts[0])
+        found = decode(kernels, acts, base, more, delta)
+        assert_rounded(found, parts[0] + 0.7 * parts[1])
+        assert_close(found, numpy_oracle(x, base, delta, 0.7, limit)[0] if limit is None else found.double().numpy())
+        assert torch.equal(decode(kernels, acts, base, more, delta, 0.0), decode(kernels, acts, base))
+
+
+def test_encode_where_lists_overflow_and_decode_of_many_acts(kernels):
+    """Rows with all, no and every other latent active, and some that are not finite: of 1400, in lists of 204 each."""
+    W_enc = torch.randn(16, 1400, generator=torch.Generator().manual_seed(1)).abs().to(BFLOAT16)
+    none, weights = torch.zeros(1400, dtype=BFLOAT16), torch.randn(1400, 16).to(BFLOAT16)
+    base = Weights(W_enc, none, none, weights, none[:16])
+    base.W_enc[0, ::2] *= -1
+    x = torch.ones(6, 16).to(BFLOAT16)
+    x[:, 0] = 0
+    x[1], x[2, 1:], x[2, 0] = -x[1], 0, 1
+    acts = encode(kernels, x, base)
+    assert acts.counts.tolist() == [1400, 0, 700] + [1400] * 3 and acts.values.shape == (6, 1400)
+    check_acts(acts, x, base)
+    assert_rounded(decode(kernels, acts, base), dense(acts, 1400) @ weights.double())
+    x[3, 5], x[4, 5] = torch.inf, torch.nan
+    # In order, sums stay finite; the second half alone does not.
+    x[5], base.W_enc[:, 3] = 0, 1
+    x[5, [0, 8, 9]] = torch.tensor([-3e38, 3e38, 1e38]).to(BFLOAT16)
+    spoiled = encode(kernels, x, base)
+    for row in (3, 4, 5):
+        assert spoiled.counts[row] == 1 and spoiled.values[row, 0].isnan() and spoiled.indices[row, 0] == 0
+        assert (spoiled.values[row, 1:] == 0).all() and (spoiled.indices[row, 1:] == 0).all()
+    assert torch.equal(decode(kernels, spoiled, base)[:3], decode(kernels, encode(kernels, x[:3], base), base))
+    assert decode(kernels, spoiled, base)[3:6].isnan().all()
+
+
+@pytest.mark.parametrize("k", [None, 6])
+def test_encode_and_decode_of_a_row_depend_on_nothing_but_itself(kernels, schedule, k):
+    x, base, delta = make_case(140, 32, 300, 40, 0.2, BFLOAT16)
+    acts, more = encode(kernels, x, base, k), encode(kernels, x, delta)
+    recon = decode(kernels, acts, base, more, delta)
+    few = slice(100, 117)
+    part = encode(kernels, x[few], base, k, acts.values.shape[1])
+    assert all(torch.equal(a, b[few]) for a, b in zip(part, acts, strict=True))
+    for number in range(1, 8):
+        schedule(number)
+        assert all(map(torch.equal, encode(kernels, x[few], base, k, acts.values.shape[1]), part)), number
+        again = decode(kernels, part, base, SparseActs(*(t[few] for t in more)), delta)
+        assert torch.equal(again, recon[few]), number
+    x[105, 3] = torch.inf
+    broken = encode(kernels, x[few], base, k, acts.values.shape[1])
+    assert broken.counts[5] == 1 and broken.values[5, 0].isnan() and (broken.values[5, 1:] == 0).all()
+    others = torch.arange(17) != 5
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(broken, part, strict=True))
+
+
+def test_encode_of_ties_and_thresholds(kernels):
+    x = torch.tensor([3.0, 2.0, 2.0, 2.0, 0.0, -1.0, 1.0, 2.0]).repeat(20, 1).to(BFLOAT16)
+    eye, zeros = torch.eye(8).to(BFLOAT16), torch.zeros(8).to(BFLOAT16)
+    thresholds = torch.tensor([3.0, 1.5, 2.0, -1.0, -1.0, -5.0, 1.0, 1.9]).to(BFLOAT16)
+    found = encode(kernels, x, Weights(eye, zeros, thresholds, eye, zeros), None, 5)
+    assert found.indices.tolist() == [[1, 3, 7, 0, 0]] * 20 and found.values.tolist() == [[2.0] * 3 + [0.0] * 2] * 20
+    assert encode(kernels, x, Weights(eye, zeros, zeros, eye, zeros), 3).indices.tolist() == [[0, 1, 2]] * 20
+    W_enc, none = torch.ones(8, 600, dtype=BFLOAT16), torch.zeros(600, dtype=BFLOAT16)
+    equal = encode(kernels, torch.ones_like(x), Weights(W_enc, none, none, W_enc.T, zeros), 5)
+    assert equal.indices.tolist() == [[0, 1, 2, 3, 4]] * 20 and equal.counts.tolist() == [5] * 20
+
+
+def test_capacity_is_a_limit_of_encode(kernels):
+    x, base, _ = make_case(20, 8, 60, 1, 0.5, BFLOAT16)
+    free = encode(kernels, x, base)
+    largest = int(free.counts.max())
+    wide = encode(kernels, x, base, None, largest + 3)
+    assert all(map(torch.equal, free, encode(kernels, x, base, None, largest)))
+    assert torch.equal(wide.values[:, :largest], free.values) and (wide.values[:, largest:] == 0).all()
+    for capacity, words in ((largest - 1, f"has {largest} active latents, over capacity = {largest - 1}; raise"),
+                            (-1, "capacity = -1")):  # fmt: skip
+        with pytest.raises(RuntimeError, match=words):
+            encode(kernels, x, base, None, capacity)
+    with pytest.raises(RuntimeError, match="k = 61"):
+        encode(kernels, x, base, 61)
+
+
+def test_decode_reads_what_counts_say_and_refuses_what_leads_outside(kernels):
+    """1100 acts are more than a piece; a bad one is found wherever it is, but behind a count nothing is looked at."""
+    x, base, delta = make_case(33, 24, 1100, 9, 0.5, BFLOAT16)
+    draw = torch.Generator().manual_seed(2)
+    values = torch.rand(33, 1100, generator=draw).to(BFLOAT16)
+    acts = SparseActs(values, torch.arange(1100, dtype=torch.int32).repeat(33, 1), torch.full((33,), 1100).int())
+    acts.counts[1:] = torch.arange(1024 - 16, 1024 + 16)
+    real = torch.arange(1100) < acts.counts[:, None]
+    wanted = torch.where(real, values.double(), 0) @ base.W_dec.double() + base.b_dec.double()
+    found = decode(kernels, acts, base)
+    assert_rounded(found, wanted)
+    garbage = SparseActs(values.where(real, torch.nan), acts.indices.where(real, 10**9), acts.counts)
+    assert torch.equal(decode(kernels, garbage, base), found)
+    more = encode(kernels, x, delta)
+    for prefix, given in (("", acts), ("delta_", more)):
+        capacity, width = given.values.shape[1], (base if prefix == "" else delta).b_enc.numel()
+        counts = given.counts.clone()
+        counts[32] = capacity
+        for field, value in (("counts", -1), ("counts", capacity + 1), ("indices", -1), ("indices", width)):
+            spoiled = SparseActs(given.values, given.indices.clone(), counts.clone())
+            getattr(spoiled, field)[(32, -1)[: 1 + (field == "indices")]] = value
+            pair = (spoiled, more) if prefix == "" else (acts, spoiled)
+            for alpha in (0.0, 1.0):
+                with pytest.raises(RuntimeError, match=f"{prefix}{field} holds {value}; expected 0 to "):
+                    decode(kernels, pair[0], base, pair[1], delta, alpha)
+
+
+def test_encode_and_decode_of_empty_and_unfit_inputs(kernels):
+    x, base, delta = make_case(4, 8, 30, 5, 0.5, BFLOAT16)
+    acts = encode(kernels, x, base)
+    for k, capacity, width in ((None, None, 0), (None, 9, 9), (3, None, 3)):
+        none = encode(kernels, x.new_zeros(2, 0, 8), base, k, capacity)
+        assert none.values.shape == none.indices.shape == (2, 0, width) and none.counts.shape == (2, 0)
+        assert decode(kernels, none, base).shape == (2, 0, 8)
+    alone = encode(kernels, x[1], base)
+    assert alone.counts.shape == () and decode(kernels, alone, base).shape == (8,)
+    shaped = encode(kernels, x.reshape(2, 2, 8), base)
+    assert torch.equal(decode(kernels, shaped, base).reshape(4, 8), decode(kernels, acts, base))
+    nothing = Weights(x.new_zeros(8, 0), x.new_zeros(0), x.new_zeros(0), x.new_zeros(0, 8), base.b_dec)
+    empty = encode(kernels, x, nothing)
+    assert empty.counts.tolist() == [0] * 4 and torch.equal(decode(kernels, empty, nothing), base.b_dec.expand(4, 8))
+    more = encode(kernels, x[:3], delta)
+    for words, call in {
+        "x has shape": lambda: encode(kernels, x[:, :4], base),
+        "packed has shape": lambda: encode(kernels, x.repeat(1, 2), base),
+        "indices has shape": lambda: decode(kernels, acts._replace(indices=acts.indices.long()), base),
+        "counts has shape": lambda: decode(kernels, acts._replace(counts=acts.counts[1:]), base),
+        "W_dec and x are of different dtypes": lambda: decode(kernels, acts._replace(values=acts.values.float()), base),
+        "delta_values has shape": lambda: decode(kernels, acts, base, more, delta),
+    }.items():
+        with pytest.raises(RuntimeError, match=words):
+            call()
+
+
+def test_the_library_s_way_to_encode_and_decode(kernels, monkeypatch):
+    monkeypatch.setattr(ops, "CUDA_KERNELS", kernels)
+    monkeypatch.setattr(ops, "_pack", lambda W_enc: W_enc.detach().t().contiguous())
+    ops._PACKED.clear()
+    x, base, delta = make_case(20, 16, 200, 20, 0.3, BFLOAT16)
+    jumprelu, topk = ops_sparse._jumprelu_on_cuda, ops_sparse._topk_on_cuda
+    acts, more = jumprelu(x, *base[:3], None), jumprelu(x, *delta[:3], 20)
+    assert all(map(torch.equal, acts, encode(kernels, x, base)))
+    assert all(map(torch.equal, topk(x, *base[:2], 7), encode(kernels, x, base, 7)))
+    found = ops_sparse._decode_on_cuda(*acts, *base[3:], *more, *delta[3:], torch.tensor(0.7))
+    assert torch.equal(found, decode(kernels, acts, base, more, delta))
+    ops._PACKED.clear()
+    single = [t.float() for t in base]
+    plain = SparseActs(*jumprelu(x.float(), *single[:3], None))
+    assert plain.values.dtype == topk(x.float(), *single[:2], 7)[0].dtype == torch.float32
+    recon = ops_sparse._decode_on_cuda(*plain, *single[3:], *(None,) * 5, torch.tensor(0.7))
+    torch.testing.assert_close(recon, ops_sparse.decode_ref(plain, *single[3:]))
+
+
 def test_the_library_s_way_to_the_kernels(kernels, monkeypatch):
     """What deltatc.ops does for CUDA tensors, with the shim in the kernels' place."""
     monkeypatch.setattr(ops, "CUDA_KERNELS", kernels)
@@ -267,7 +474,7 @@ def test_no_access_outside_memory_and_no_undefined_behaviour(tmp_path):
     library = build(tmp_path, *SANITIZE)
     script = f"""
 import torch
-from tests.test_cuda import forward, gradient_case, gradients
+from tests.test_cuda import decode, encode, forward, gradient_case, gradients
 from tests.test_ops import BFLOAT16, make_case
 torch.ops.load_library({str(library)!r})
 kernels = torch.ops.deltatc_shim
@@ -277,6 +484,18 @@ for case in small + large:
     x, base, delta = make_case(*case, BFLOAT16)
     for ks in ((), (1, 1), (min(9, case[2]), 1)):
         forward(kernels, x, base, delta, 0.7, *ks)
+for case in (*small, (2, 16, 1400, 5, 1.0)):
+    x, base, delta = make_case(*case, BFLOAT16)
+    more = encode(kernels, x, delta)
+    for k in (None, 1, min(9, case[2])):
+        acts = encode(kernels, x, base, k)
+        decode(kernels, acts, base, more, delta)
+        acts.counts[-1] = 10**9
+        try:
+            decode(kernels, acts, base)
+        except RuntimeError:
+            acts.counts[-1] = 0
+        decode(kernels, acts, base)
 for shape in ((1, 8, 1), (33, 24, 5), (130, 16, 130)):
     x, grad, delta = gradient_case(*shape)
     gradients(kernels, grad, x, delta)

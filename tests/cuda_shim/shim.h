@@ -228,6 +228,13 @@ T atomicAdd(T* to, T value) {
   return before;
 }
 
+template <typename T>
+T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = max(before, value);
+  return before;
+}
+
 inline int atomicOr(int* to, int value) {
   const int before = *to;
   *to |= value;
