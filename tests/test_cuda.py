@@ -146,9 +146,10 @@ def test_a_non_finite_row_is_nan_and_changes_no_other(kernels, tokens, bad):
         assert stat[2].isnan().all() and torch.equal(stat[others], before[others])
 
 
+@pytest.mark.parametrize("fraction", [0.005, 0.3])
 @pytest.mark.parametrize("tokens", [4, 40])
-def test_alpha_zero_is_the_base_bit_for_bit_and_its_delta_still_counted(kernels, tokens):
-    x, base, delta = make_case(tokens, 16, 200, 20, 0.3, BFLOAT16)
+def test_alpha_zero_is_the_base_bit_for_bit_and_its_delta_still_counted(kernels, tokens, fraction):
+    x, base, delta = make_case(tokens, 16, 200, 20, fraction, BFLOAT16)
     alone, off, on = (forward(kernels, x, base), *(forward(kernels, x, base, delta, alpha) for alpha in (0.0, 1.0)))
     assert torch.equal(alone[0], off[0]) and torch.equal(off[3], on[3]) and torch.equal(off[4], on[4])
     assert not torch.equal(on[0], off[0]) and (alone[3] == 0).all()
@@ -326,6 +327,12 @@ def test_encode_and_decode_equal_the_oracle(kernels, case):
         assert torch.equal(decode(kernels, acts, base, more, delta, 0.0), decode(kernels, acts, base))
 
 
+def test_topk_through_several_panels_of_one_list(kernels):
+    """513 tokens have two lists each, of three panels: the k-th largest so far is the gate of the next panel."""
+    x, base, _ = make_case(513, 8, 700, 1, 0.5, BFLOAT16)
+    check_acts(encode(kernels, x, base, 20), x, base, 20)
+
+
 def check_broken(acts, rows):
     """One act, NaN at latent 0, and zeros behind it."""
     for row in rows:
@@ -334,7 +341,7 @@ def check_broken(acts, rows):
 
 
 def test_encode_where_lists_overflow_and_decode_of_many_acts(kernels, schedule):
-    """Rows with all, no and every other latent active, and some that are not finite: of 1400, in lists of 204 each."""
+    """Rows with all, every other and no latent active, and some that are not finite: of 1400, in lists of 204 each."""
     W_enc = torch.randn(16, 1400, generator=torch.Generator().manual_seed(1)).abs().to(BFLOAT16)
     none, weights = torch.zeros(1400, dtype=BFLOAT16), torch.randn(1400, 16).to(BFLOAT16)
     base = Weights(W_enc, none, none, weights, none[:16])
@@ -342,9 +349,9 @@ def test_encode_where_lists_overflow_and_decode_of_many_acts(kernels, schedule):
     base.W_enc[:, 10] = 0  # pre_acts of exactly the threshold
     x = torch.ones(6, 16).to(BFLOAT16)
     x[:, 0] = 0
-    x[1], x[2, 1:], x[2, 0] = -x[1], 0, 1
+    x[1, 1:], x[1, 0], x[2] = 0, 1, -x[2]  # the first row's last list overflows before the second's first
     acts = encode(kernels, x, base)
-    assert acts.counts.tolist() == [1399, 0, 700] + [1399] * 3 and acts.values.shape == (6, 1399)
+    assert acts.counts.tolist() == [1399, 700, 0] + [1399] * 3 and acts.values.shape == (6, 1399)
     check_acts(acts, x, base)
     recon = decode(kernels, acts, base)
     assert_rounded(recon, dense(acts, 1400) @ weights.double())
@@ -389,7 +396,7 @@ def test_encode_of_ties_and_thresholds(kernels):
     found = encode(kernels, x, Weights(eye, zeros, thresholds, eye, zeros), None, 5)
     assert found.indices.tolist() == [[1, 3, 7, 0, 0]] * 20 and found.values.tolist() == [[2.0] * 3 + [0.0] * 2] * 20
     assert encode(kernels, x, Weights(eye, zeros, zeros, eye, zeros), 3).indices.tolist() == [[0, 1, 2]] * 20
-    W_enc, none = torch.ones(8, 600, dtype=BFLOAT16), torch.zeros(600, dtype=BFLOAT16)
+    W_enc, none = torch.ones(8, 2700, dtype=BFLOAT16), torch.zeros(2700, dtype=BFLOAT16)
     equal = encode(kernels, torch.ones_like(x), Weights(W_enc, none, none, W_enc.T, zeros), 5)
     assert equal.indices.tolist() == [[0, 1, 2, 3, 4]] * 20 and equal.counts.tolist() == [5] * 20
 
@@ -518,10 +525,10 @@ for case in small + large:
     x, base, delta = make_case(*case, BFLOAT16)
     for ks in ((), (1, 1), (min(9, case[2]), 1)):
         forward(kernels, x, base, delta, 0.7, *ks)
-for case in (*small, (2, 16, 1400, 5, 1.0)):
+for case in (*small, (2, 8, 2700, 5, 1.0)):
     x, base, delta = make_case(*case, BFLOAT16)
     more = encode(kernels, x, delta)
-    for k in (None, min(9, case[2])):
+    for k in (None, min(9, case[2]), min(100, case[2])):
         acts = encode(kernels, x, base, k)
         decode(kernels, acts, base, more, delta)
         acts.counts[-1] = 10**9
