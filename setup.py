@@ -17,7 +17,6 @@ if shutil.which("g++") is None:
     raise SystemExit("deltatc: g++ is not on the PATH; install a C++17 compiler (Debian: apt-get install g++)")
 
 ROOT = Path(__file__).parent
-BINDING = "csrc/cuda/binding.cpp"
 # Native code for the A100 and the H100 and H200; PTX, which the driver compiles at first use, for everything later.
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_80": "compute_80"}
 
@@ -38,7 +37,7 @@ class Build(BuildExtension):
         if nvcc is not None:
             (extension,) = self.extensions
             release = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
-            extension.sources.append(BINDING)
+            extension.sources += CUDA_BINDINGS
             extension.define_macros.append(("DELTATC_CUDA", "+".join([release, *ARCHITECTURES])))
             toolkit = runtime_folder(nvcc)
             extension.include_dirs.append(str(toolkit / "include"))
@@ -73,6 +72,7 @@ def compile_cuda(nvcc, source, folder):
 
 
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
+CUDA_BINDINGS = [source for source in SOURCES if source.startswith("csrc/cuda/")]
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".inc"))
 
 setup(
@@ -85,7 +85,7 @@ setup(
     ext_modules=[
         CppExtension(
             "deltatc._ops",
-            [source for source in SOURCES if source != BINDING],
+            [source for source in SOURCES if source not in CUDA_BINDINGS],
             depends=HEADERS + [str(path.relative_to(ROOT)) for path in cuda_sources()],
             # Nothing newer than torch 2.11's stable interface is used: one source for 2.11 and later.
             define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000ULL")],

@@ -29,6 +29,9 @@
   "Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, "          \
   "Tensor? delta_W_enc, Tensor? delta_b_enc, Tensor? delta_threshold, Tensor? delta_W_dec, "      \
   "Tensor? delta_b_dec, Tensor alpha, int? k_base, int? k_delta, float bandwidth"
+#define DECODE_INPUTS                                                                              \
+  "Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, " \
+  "Tensor? delta_indices, Tensor? delta_counts, Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha"
 
 STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("transcode(" TRANSCODE_INPUTS ") -> Tensor recon");
@@ -52,11 +55,12 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
   m.def("encode_packed(Tensor x, Tensor rows, Tensor? screen, Tensor b_enc, Tensor threshold, int? k, int? capacity) "
         "-> (Tensor values, Tensor indices, Tensor counts)");
   // acts @ W_dec + b_dec + alpha * (delta_acts @ delta_W_dec + delta_b_dec): another alpha encodes nothing again
-  m.def("decode(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, Tensor b_dec, Tensor? delta_values, "
-        "Tensor? delta_indices, Tensor? delta_counts, Tensor? delta_W_dec, Tensor? delta_b_dec, Tensor alpha) "
-        "-> Tensor recon");
+  m.def("decode(" DECODE_INPUTS ") -> Tensor recon");
+  // The same by the kernel that CUDA devices have for bfloat16 (cuda/sparse.cu). It waits for the stream, because a wrong
+  // count or index has to raise; so does encode_packed there, for the largest count, but not with k or a capacity of d_sae.
+  m.def("decode_acts(" DECODE_INPUTS ") -> Tensor recon");
   // The delta's gradients in float32, on CUDA devices (cuda/backward.cu); bit i of `needed`: the i-th is wanted, else empty
-  m.def("delta_backward(Tensor grad, Tensor x, Tensor packed, Tensor b_enc, Tensor threshold, Tensor W_dec, "
+  m.def("delta_backward(Tensor grad, Tensor x, Tensor rows, Tensor b_enc, Tensor threshold, Tensor W_dec, "
         "Tensor b_dec, Tensor alpha, float bandwidth, int needed) "
         "-> (Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, Tensor alpha)");
   m.def("cpu_kernels() -> str");  // instruction sets compiled in, the one in use first

@@ -158,10 +158,12 @@ def _check_acts(prefix: str, acts: SparseActs, W_dec: Any, b_dec: Any) -> None:
         raise OpError(f"{prefix}acts has indices of {indices.dtype} and counts of {counts.dtype}; expected int32")
 
 
-def _by_packed(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int | None, capacity: int | None) -> Any:
+def _by_packed(
+    kernels: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int | None, capacity: int | None
+) -> Any:
     if x.dim() < 1 or W_enc.dim() != 2 or W_enc.shape[0] != x.shape[-1]:
         raise OpError(f"W_enc is {ops.described(W_enc)}; expected [d_model, d_sae] to fit x, {ops.described(x)}")
-    return torch.ops.deltatc.encode_packed(x, *ops.packed(W_enc), b_enc, threshold, k, capacity)
+    return kernels.encode_packed(x, *ops.packed(W_enc), b_enc, threshold, k, capacity)
 
 
 def _in_chunks(encode: Any, x: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -179,12 +181,12 @@ def _in_chunks(encode: Any, x: Tensor, width: int) -> tuple[Tensor, ...]:
 
 @torch.library.impl("deltatc::encode_jumprelu", "CPU")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int | None) -> Any:
-    return _by_packed(x, W_enc, b_enc, threshold, None, capacity)
+    return _by_packed(torch.ops.deltatc, x, W_enc, b_enc, threshold, None, capacity)
 
 
 @torch.library.impl("deltatc::encode_topk", "CPU")
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Any:
-    return _by_packed(x, W_enc, b_enc, torch.zeros_like(b_enc), k, k)
+    return _by_packed(torch.ops.deltatc, x, W_enc, b_enc, torch.zeros_like(b_enc), k, k)
 
 
 def plain_jumprelu(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int | None) -> Any:
@@ -207,9 +209,26 @@ def plain_decode(values: Tensor, indices: Tensor, _counts: Tensor, W_dec: Tensor
     return torch.where(alpha == 0, recon, recon + part)
 
 
-torch.library.impl("deltatc::encode_jumprelu", "CUDA", plain_jumprelu)
-torch.library.impl("deltatc::encode_topk", "CUDA", plain_topk)
-torch.library.impl("deltatc::decode", "CUDA", plain_decode)
+def _jumprelu_on_cuda(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int | None) -> Any:
+    if not ops.cuda_kernels_take(x):
+        return plain_jumprelu(x, W_enc, b_enc, threshold, capacity)
+    return _by_packed(ops.CUDA_KERNELS, x, W_enc, b_enc, threshold, None, capacity)
+
+
+def _topk_on_cuda(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Any:
+    if not ops.cuda_kernels_take(x, k):
+        return plain_topk(x, W_enc, b_enc, k)
+    return _by_packed(ops.CUDA_KERNELS, x, W_enc, b_enc, torch.zeros_like(b_enc), k, k)
+
+
+def _decode_on_cuda(values: Tensor, indices: Tensor, counts: Tensor, W_dec: Tensor, *rest: Any) -> Tensor:
+    decode_acts = ops.CUDA_KERNELS.decode_acts if ops.cuda_kernels_take(W_dec) else plain_decode
+    return decode_acts(values, indices, counts, W_dec, *rest)
+
+
+torch.library.impl("deltatc::encode_jumprelu", "CUDA", _jumprelu_on_cuda)
+torch.library.impl("deltatc::encode_topk", "CUDA", _topk_on_cuda)
+torch.library.impl("deltatc::decode", "CUDA", _decode_on_cuda)
 
 
 @torch.library.register_fake("deltatc::encode_jumprelu")

@@ -7,31 +7,14 @@
 namespace deltatc {
 namespace {
 
-__host__ __device__ inline int power_of_two(int n) {
-  int size = 1;
-  while (size < n) size *= 2;
-  return size;
-}
-
-__host__ __device__ inline int list_room(const CudaPart& part) { return part.lists.splits * part.lists.capacity; }
-
-// Acts that its lists hold in the end: of each list at most k.
-__host__ __device__ inline int found_room(const CudaPart& part) {
-  return part.k > 0 && part.k < part.lists.capacity ? part.lists.splits * part.k : list_room(part);
-}
-
-__host__ __device__ inline int kept_room(const CudaPart& part) {
-  return power_of_two(part.k > 0 && part.k < found_room(part) ? part.k : found_room(part));
-}
-
-__global__ void decode_kernel(CudaTranscode job) {
+__global__ void __launch_bounds__(kMaxModel / 8, 1) decode_kernel(CudaTranscode job) {
   const int64_t token = blockIdx.x;
   const int thread = threadIdx.x, d_model = job.d_model, column = thread * 8;
   const bool mine = column < d_model;
   const float alpha = *job.alpha;
   SelectMemory& memory = *reinterpret_cast<SelectMemory*>(shared_memory());
   uint64_t* kept[2];
-  kept[0] = reinterpret_cast<uint64_t*>(shared_memory() + (sizeof(SelectMemory) + 15) / 16 * 16);
+  kept[0] = reinterpret_cast<uint64_t*>(shared_memory() + kKeptAt);
   kept[1] = kept[0] + kept_room(job.parts[0]);
   Act* found = reinterpret_cast<Act*>(kept[1] + (job.n_parts > 1 ? kept_room(job.parts[1]) : 0));
 
@@ -74,13 +57,8 @@ __global__ void decode_kernel(CudaTranscode job) {
   }
   if (!mine) return;
   const bool broken = acts[0].broken || (acts[1].broken && alpha != 0.0f);
-  bf16x8 out;
-  for (int i = 0; i < 8; ++i) {
-    float total = sums[0].values[i] + to_float(job.parts[0].b_dec[column + i]);
-    if (job.n_parts > 1 && alpha != 0.0f) total += alpha * (sums[1].values[i] + to_float(job.parts[1].b_dec[column + i]));
-    out.values[i] = broken ? bf16{0x7fc0} : to_bf16(total);
-  }
-  *reinterpret_cast<bf16x8*>(job.recon + token * d_model + column) = out;
+  const bf16* delta_b_dec = job.n_parts > 1 ? job.parts[1].b_dec + column : nullptr;
+  write_columns(job.recon + token * d_model + column, sums, job.parts[0].b_dec + column, delta_b_dec, alpha, broken);
 }
 
 // Acts as the sum of two bfloat16, so that they lose next to nothing.
@@ -161,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) dense_kernel(CudaTranscode job) {
 }  // namespace
 
 int launch_decode(const CudaTranscode& job, cudaStream_t stream) {
-  int64_t shared = (sizeof(SelectMemory) + 15) / 16 * 16, found = 512;  // at least the 1024 floats of add_all_latents
+  int64_t shared = kKeptAt, found = 512;  // at least the 1024 floats of add_all_latents
   for (int p = 0; p < job.n_parts; ++p) {
     shared += kept_room(job.parts[p]) * sizeof(uint64_t);
     found = found < found_room(job.parts[p]) ? found_room(job.parts[p]) : found;

@@ -6,14 +6,32 @@
 
 namespace deltatc {
 
+__host__ __device__ inline int power_of_two(int n) {
+  int size = 1;
+  while (size < n) size *= 2;
+  return size;
+}
+
+__host__ __device__ inline int list_room(const CudaPart& part) { return part.lists.splits * part.lists.capacity; }
+
+// Acts that its lists hold in the end: of each list at most k.
+__host__ __device__ inline int found_room(const CudaPart& part) {
+  return part.k > 0 && part.k < part.lists.capacity ? part.lists.splits * part.k : list_room(part);
+}
+
+__host__ __device__ inline int kept_room(const CudaPart& part) {
+  return power_of_two(part.k > 0 && part.k < found_room(part) ? part.k : found_room(part));
+}
+
+constexpr int64_t kKeptAt = (sizeof(SelectMemory) + 15) / 16 * 16;  // in shared memory, behind what selection needs
+
 struct Collected {
   int n;          // acts, in `kept`; 0 where broken or too many
   bool broken;    // a pre_act is not finite
   bool too_many;  // more than its lists hold
 };
 
-// Acts of one token and part, as keys by index, sorted, into kept[capacity of the lists, at least min(k, width)]. `found`
-// has room for as many acts as the lists hold.
+// Acts of one token and part, as keys by index, sorted, into kept[kept_room]; found[found_room] is scratch.
 __device__ __forceinline__ Collected collect(const CudaPart& part, int64_t token, Act* found, uint64_t* kept,
                                              SelectMemory& memory) {
   const Lists& lists = part.lists;
@@ -64,20 +82,14 @@ __device__ __forceinline__ void add_acts(Columns& sum, const uint64_t* kept, int
   }
 }
 
-struct Whole {
-  int l0;
-  float l1;
-  bool broken;
-};
-
-// The same from all of the part's latents where the lists do not hold the acts (JumpReLU only): pre_acts again, as many at
-// a time as `pre` holds, a warp each. Threads with `mine` false only help.
-__device__ __forceinline__ Whole add_all_latents(Columns& sum, const CudaPart& part, const bf16* x, int d_model,
-                                                 bool mine, int64_t column, float* pre, int pre_size) {
+// Where the lists do not hold the acts (JumpReLU only): pre_acts of all latents again, a warp each, `size` at a time, which
+// each(first, count) finds in pre[count].
+template <typename Each>
+__device__ __forceinline__ void encode_again(const CudaPart& part, const bf16* x, int d_model, float* pre, int size,
+                                             Each each) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  Whole out{0, 0.0f, false};
-  for (int first = 0; first < part.width; first += pre_size) {
-    const int count = min(pre_size, part.width - first);
+  for (int first = 0; first < part.width; first += size) {
+    const int count = min(size, part.width - first);
     __syncthreads();
     for (int j = warp; j < count; j += warps) {
       const bf16* weights = part.W_enc + static_cast<int64_t>(first + j) * d_model;
@@ -90,16 +102,48 @@ __device__ __forceinline__ Whole add_all_latents(Columns& sum, const CudaPart& p
       if (lane == 0) pre[j] = dot + to_float(part.b_enc[first + j]);
     }
     __syncthreads();
+    each(first, count);
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ bool is_active(const CudaPart& part, int latent, float pre) {
+  return pre > fmaxf(to_float(part.threshold[latent]), 0.0f);
+}
+
+struct Whole {
+  int l0;
+  float l1;
+  bool broken;
+};
+
+// sum += all of the part's acts, as add_acts, without lists. Threads with `mine` false only help.
+__device__ __forceinline__ Whole add_all_latents(Columns& sum, const CudaPart& part, const bf16* x, int d_model,
+                                                 bool mine, int64_t column, float* pre, int pre_size) {
+  Whole out{0, 0.0f, false};
+  encode_again(part, x, d_model, pre, pre_size, [&](int first, int count) {
     for (int j = 0; j < count; ++j) {
       out.broken |= !is_finite(pre[j]);
-      if (!(pre[j] > fmaxf(to_float(part.threshold[first + j]), 0.0f))) continue;
+      if (!is_active(part, first + j, pre[j])) continue;
       out.l0 += 1, out.l1 += pre[j];
       const bf16* row = part.W_dec + static_cast<int64_t>(first + j) * d_model;
       if (mine) add_row(sum, pre[j], *reinterpret_cast<const bf16x8*>(row + column));
     }
-  }
-  __syncthreads();
+  });
   return out;
+}
+
+// Eight columns of recon from the parts' sums there; delta_b_dec is null without a delta. alpha = 0 leaves the base's bits.
+__device__ __forceinline__ void write_columns(bf16* to, const Columns (&sums)[2], const bf16* b_dec,
+                                              const bf16* delta_b_dec, float alpha, bool broken) {
+  bf16x8 out;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float total = sums[0].values[i] + to_float(b_dec[i]);
+    if (delta_b_dec != nullptr && alpha != 0.0f) total += alpha * (sums[1].values[i] + to_float(delta_b_dec[i]));
+    out.values[i] = broken ? bf16{0x7fc0} : to_bf16(total);
+  }
+  *reinterpret_cast<bf16x8*>(to) = out;
 }
 
 __device__ __forceinline__ void write_stats(const CudaPart& part, int64_t token, bool broken, int l0, float l1) {

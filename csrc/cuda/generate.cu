@@ -85,7 +85,7 @@ __device__ __forceinline__ void decode_columns(const Generate& all, int64_t toke
     int n = all.counts[p * kFewTokens + token];
     bool spoiled = all.broken[p * kFewTokens + token] != 0;
     Columns sum = {};
-    __syncthreads();
+    __syncthreads();  // everyone has left what `memory` held before
     if (spoiled) {
       if (thread == 0 && slab == 0) write_stats(part, token, true, 0, 0.0f);
     } else if (part.k == 0 && n > kMaxKeys) {
@@ -137,7 +137,6 @@ __global__ void __launch_bounds__(kThreads) generate_kernel(Generate all) {
   grid_barrier(all.arrived, gridDim.x);
   const int64_t slabs = (job.d_model + 255) / 256;
   for (int64_t item = blockIdx.x; item < job.tokens * slabs; item += gridDim.x) {
-    __syncthreads();
     decode_columns(all, item / slabs, item % slabs, memory);
   }
 }

@@ -34,7 +34,7 @@ struct Lists {
 };
 
 struct CudaPart {
-  const bf16* W_enc;      // [width][d_model]: packed, K-major
+  const bf16* W_enc;      // [width][d_model]: K-major
   const bf16* b_enc;      // [width]
   const bf16* threshold;  // [width]
   const bf16* W_dec;      // [width][d_model]
@@ -78,14 +78,52 @@ struct CudaBackward {
   float* sums;      // partial sums, added up in one fixed order
 };
 
+// One part's acts by themselves, as decoding reads them again: a token's in the order of their latents, zeros behind its
+// count. A token that is not finite has one act, NaN at latent 0.
+struct CudaEncode {
+  CudaTranscode of;  // x, tokens, d_model and the part, which needs no decoder
+  bf16* values;      // [tokens][capacity]
+  int32_t* indices;  // [tokens][capacity]
+  int32_t* counts;   // [tokens]: true ones, also above capacity
+  int32_t* largest;  // [1]: the largest of counts and of what was there before
+  int64_t capacity;
+};
+
+struct SparsePart {
+  const bf16* values;
+  const int32_t* indices;
+  const int32_t* counts;
+  const bf16* W_dec;  // [width][d_model]
+  const bf16* b_dec;  // [d_model]
+  int64_t capacity;
+  int32_t width;
+};
+
+struct CudaDecode {
+  SparsePart parts[2];
+  bf16* recon;  // [tokens][d_model]
+  const float* alpha;
+  int64_t tokens;
+  int32_t d_model, n_parts;
+  unsigned long long* bad;  // [n_parts][2]: see check_acts
+};
+
 int64_t transcode_workspace(const CudaTranscode& job);
 int transcode(CudaTranscode job, void* workspace, cudaStream_t stream);
 int64_t backward_workspace(const CudaBackward& job);
 int backward(CudaBackward job, void* workspace, cudaStream_t stream);
+int64_t encode_workspace(const CudaEncode& job);
+int encode(CudaEncode job, void* workspace, cudaStream_t stream);
 
-// Launches of one chunk of tokens, lists in place; transcode() calls them.
+// Decoding reads what it is given: bad, zero before, has to be zero behind check_acts. A part's first is 2^32 + a count
+// that is negative or above capacity, its second the same of an index outside W_dec.
+int check_acts(const CudaDecode& job, cudaStream_t stream);
+int decode(const CudaDecode& job, cudaStream_t stream);
+
+// Launches of one chunk of tokens, lists in place; transcode() and encode() call them.
 int launch_encode(const CudaTranscode& job, cudaStream_t stream);
 int launch_decode(const CudaTranscode& job, cudaStream_t stream);
 int launch_generate(const CudaTranscode& job, int32_t* counters, cudaStream_t stream);
+int launch_compact(const CudaEncode& job, cudaStream_t stream);
 
 }  // namespace deltatc

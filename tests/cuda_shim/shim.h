@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests: every thread is a fiber, and at every barrier, shuffle or matrix instruction
 // another one goes on. DELTATC_SCHEDULE (a number) chooses the order of threads and blocks: 0 is 0, 1, 2, ..., any other
-// seeds a random one, so that a missing barrier shows up as a wrong result. Background copies arrive as late as is allowed,
-// shared memory is a heap block of exactly the size asked for, filled with 0xff bytes, and a barrier that some thread never
-// reaches aborts: what hangs or races on a GPU fails here. One launch at a time.
+// seeds a random one in which some warps are slow, so that a missing barrier shows up as a wrong result. Background copies
+// arrive as late as is allowed, shared memory is a heap block of exactly the size asked for, filled with 0xff bytes, and a
+// barrier that some thread never reaches aborts: what hangs or races on a GPU fails here. One launch at a time.
 #pragma once
 
 #include <ucontext.h>
@@ -101,6 +101,7 @@ struct Grid {
   dim3 blocks, threads;
   std::mt19937 draw;
   bool shuffled = false;
+  uint32_t slow = 0;  // warps that seldom go on while others can
 };
 
 inline Grid& grid() {
@@ -186,7 +187,15 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<std::unique_ptr<F
     round.swap(g.ready);
     g.ready.clear();
     if (round.empty()) fail("some threads wait at a barrier that the others never reach");
-    if (g.shuffled) std::shuffle(round.begin(), round.end(), g.draw);
+    if (g.shuffled) {
+      std::shuffle(round.begin(), round.end(), g.draw);
+      const auto waits = [&g](const Fiber* fiber) { return g.slow >> (fiber->thread.x / 32) & 1 && g.draw() % 64 != 0; };
+      const auto held = std::partition(round.begin(), round.end(), [&](Fiber* fiber) { return !waits(fiber); });
+      if (held != round.begin()) {
+        g.ready.assign(held, round.end());
+        round.erase(held, round.end());
+      }
+    }
     for (Fiber* fiber : round) {
       g.now = fiber;
 #if defined(__SANITIZE_ADDRESS__)
@@ -225,6 +234,13 @@ template <typename T>
 T atomicAdd(T* to, T value) {
   const T before = *to;
   *to += value;
+  return before;
+}
+
+template <typename T>
+T atomicMax(T* to, T value) {
+  const T before = *to;
+  *to = max(before, value);
   return before;
 }
 
@@ -366,6 +382,7 @@ int launch(void (*kernel)(Job), dim3 blocks, int threads, int64_t shared_bytes, 
   const unsigned seed = schedule == nullptr ? 0 : static_cast<unsigned>(std::atoi(schedule));
   g.draw.seed(seed);
   g.shuffled = seed != 0;
+  g.slow = g.draw();
   g.blocks = blocks;
   g.threads = dim3(static_cast<unsigned>(threads));
   g.body = [kernel, &job] { kernel(job); };
