@@ -21,6 +21,7 @@ from benchmarks.peers import find_peers
 from deltatc import build_info
 from deltatc.ops import Weights, transcode, transcode_stats
 from deltatc.ops_ref import transcode_ref, transcode_stats_ref
+from deltatc.ops_sparse import decode, encode_jumprelu, encode_topk
 
 ACTIVE = 64
 SHAPES = {"16k": (2304, 16384, 128), "65k": (2304, 65536, 1024)}  # d_model, d_sae, d_new
@@ -91,6 +92,19 @@ def check(device, small):
             error, usual = relative_error(found, exact), relative_error(eager, exact)
             assert error <= 3 * usual + 4e-3, (tokens, name, error, usual)
             report[f"gradient N={tokens} {name}"] = {"error": error, "eager": usual}
+    for tokens in (3, 300):
+        x, base, delta = make_case(SMALL["16k"], tokens, device, 100)
+        acts, more = (encode_jumprelu(x, *part[:3]) for part in (base, delta))
+        stats = transcode_stats(x, base, delta, ALPHA)
+        for counts, l0 in ((acts.counts, stats.l0_base), (more.counts, stats.l0_delta)):
+            assert (counts - l0).abs().sum() <= 1e-2 * l0.sum(), tokens  # few tokens are summed in another order
+        for alpha in (0.0, ALPHA):
+            error = relative_error(decode(acts, *base[3:], more, *delta[3:], alpha), transcode(x, base, delta, alpha))
+            assert error < 2e-2, (tokens, alpha, error)
+        few = encode_topk(x, *base[:2], 20)
+        again = encode_topk(x, *base[:2], 20)
+        assert (few.counts == 20).all() and all(map(torch.equal, few, again))
+        report[f"halves N={tokens}"] = {"error": error}
     if device == "cuda":
         x, base, delta = make_case(SMALL["16k"], 3, device, 100)
         transcode(x, base, delta, ALPHA)
