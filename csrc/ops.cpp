@@ -56,8 +56,8 @@ STABLE_TORCH_LIBRARY(deltatc, m) {
         "-> (Tensor values, Tensor indices, Tensor counts)");
   // acts @ W_dec + b_dec + alpha * (delta_acts @ delta_W_dec + delta_b_dec): another alpha encodes nothing again
   m.def("decode(" DECODE_INPUTS ") -> Tensor recon");
-  // The same by the kernel that CUDA devices have for bfloat16 (cuda/sparse.cu). It waits for the stream, because a wrong
-  // count or index has to raise; so does encode_packed there, for the largest count, but not with k or a capacity of d_sae.
+  // The same by the kernel that CUDA devices have for bfloat16 (cuda/sparse.cu). It waits for the stream, because a
+  // wrong count or index has to raise; so does encode_packed there, for the largest count, except with k as capacity.
   m.def("decode_acts(" DECODE_INPUTS ") -> Tensor recon");
   // The delta's gradients in float32, on CUDA devices (cuda/backward.cu); bit i of `needed`: the i-th is wanted, else empty
   m.def("delta_backward(Tensor grad, Tensor x, Tensor rows, Tensor b_enc, Tensor threshold, Tensor W_dec, "

@@ -1,5 +1,5 @@
-// What the bindings of the CUDA kernels share: checks, memory and the stream. The tests compile them with DELTATC_HOST_SHIM
-// and CPU tensors instead: then all but `current_stream` and the key is the same.
+// What the bindings of the CUDA kernels share: checks, memory and the stream. The tests compile them with
+// DELTATC_HOST_SHIM and CPU tensors instead: then all but `current_stream` and the key is the same.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -59,8 +59,8 @@ inline void check_launch(int error, const char* name) {
   STD_TORCH_CHECK(error == 0, name, " failed with CUDA error ", error, "; expected 0 (look it up as cudaError_t)");
 }
 
-// Tensors that kernels read: checked, contiguous, and held until the kernels are launched (torch's allocator keeps their
-// memory in order).
+// Tensors that kernels read: checked, contiguous, and held until the kernels are launched (torch's allocator keeps
+// their memory in order).
 class Held {
  public:
   const bf16* values(const Tensor& tensor) { return static_cast<const bf16*>(hold(torch::stable::contiguous(tensor))); }
@@ -93,8 +93,8 @@ class Held {
 
 inline void check_model(const char* name, const Tensor& tensor) {
   const int64_t d_model = tensor.dim() < 1 ? 0 : tensor.size(tensor.dim() - 1);
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 && d_model >= 8 && d_model % 8 == 0 && d_model <= kMaxModel,
-                  name, " has shape ", shape_text(tensor),
+  const bool fits = d_model >= 8 && d_model % 8 == 0 && d_model <= kMaxModel;
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16 && fits, name, " has shape ", shape_text(tensor),
                   "; expected bfloat16 [..., d_model], d_model a multiple of 8 up to ", kMaxModel);
 }
 

@@ -1,5 +1,5 @@
-// torch.ops.deltatc for CUDA tensors: encoding and decoding by themselves. kernels.h does the work. What the host has to
-// know is read back from the device, which waits for the stream; each place says so.
+// torch.ops.deltatc for CUDA tensors: encoding and decoding by themselves. kernels.h does the work. What the host has
+// to know is read back from the device, which waits for the stream; each place says so.
 #include "binding.h"
 
 namespace deltatc {
@@ -67,8 +67,8 @@ Sparse encode_packed(Tensor x, Tensor rows, MaybeTensor, Tensor b_enc, Tensor th
 
 SparsePart acts_of(const std::string& prefix, const Tensor& values, const Tensor& indices, const Tensor& counts,
                    const Tensor& W_dec, const Tensor& b_dec, int64_t d_model, Held& held) {
-  STD_TORCH_CHECK(values.dim() >= 1 && W_dec.dim() == 2, prefix, "values has shape ", shape_text(values), " and ", prefix,
-                  "W_dec ", shape_text(W_dec), "; expected [..., capacity] and [d_sae, d_model]");
+  STD_TORCH_CHECK(values.dim() >= 1 && W_dec.dim() == 2, prefix, "values has shape ", shape_text(values), " and ",
+                  prefix, "W_dec ", shape_text(W_dec), "; expected [..., capacity] and [d_sae, d_model]");
   SparsePart part{};
   part.capacity = values.size(values.dim() - 1);
   part.width = check_width(prefix + "W_dec", W_dec.size(0));
@@ -90,8 +90,8 @@ void check_acts_now(CudaDecode job, const Tensor& values) {
   for (int p = 0; p < job.n_parts; ++p) {
     const uint64_t* found = static_cast<const uint64_t*>(on_host.data_ptr()) + p * 2;
     const char* prefix = p == 0 ? "" : "delta_";
-    STD_TORCH_CHECK(found[0] == 0, prefix, "counts holds ", static_cast<int32_t>(found[0]), "; expected 0 to the capacity ",
-                    job.parts[p].capacity);
+    STD_TORCH_CHECK(found[0] == 0, prefix, "counts holds ", static_cast<int32_t>(found[0]),
+                    "; expected 0 to the capacity ", job.parts[p].capacity);
     STD_TORCH_CHECK(found[1] == 0, prefix, "indices holds ", static_cast<int32_t>(found[1]), "; expected 0 to ",
                     job.parts[p].width - 1);
   }
@@ -111,7 +111,8 @@ Tensor decode_acts(Tensor values, Tensor indices, Tensor counts, Tensor W_dec, T
   job.parts[0] = acts_of("", values, indices, counts, W_dec, b_dec, d_model, held);
   const std::vector<int64_t> leading = leading_of(values);
   if (delta_values) {
-    job.parts[1] = acts_of("delta_", *delta_values, *delta_indices, *delta_counts, *delta_W_dec, *delta_b_dec, d_model, held);
+    job.parts[1] =
+        acts_of("delta_", *delta_values, *delta_indices, *delta_counts, *delta_W_dec, *delta_b_dec, d_model, held);
     STD_TORCH_CHECK(leading_of(*delta_values) == leading && delta_values->is_cpu() == values.is_cpu(),
                     "delta_values has shape ", shape_text(*delta_values), "; expected the base's tokens, ",
                     shape_text(values), ", and its device");

@@ -82,8 +82,8 @@ __device__ __forceinline__ void add_acts(Columns& sum, const uint64_t* kept, int
   }
 }
 
-// Where the lists do not hold the acts (JumpReLU only): pre_acts of all latents again, a warp each, `size` at a time, which
-// each(first, count) finds in pre[count].
+// Where the lists do not hold the acts (JumpReLU only): pre_acts of all latents again, a warp each, `size` at a time,
+// which each(first, count) finds in pre[count].
 template <typename Each>
 __device__ __forceinline__ void encode_again(const CudaPart& part, const bf16* x, int d_model, float* pre, int size,
                                              Each each) {
@@ -133,7 +133,8 @@ __device__ __forceinline__ Whole add_all_latents(Columns& sum, const CudaPart& p
   return out;
 }
 
-// Eight columns of recon from the parts' sums there; delta_b_dec is null without a delta. alpha = 0 leaves the base's bits.
+// Eight columns of recon from the parts' sums there; delta_b_dec is null without a delta. alpha = 0 leaves the base's
+// bits.
 __device__ __forceinline__ void write_columns(bf16* to, const Columns (&sums)[2], const bf16* b_dec,
                                               const bf16* delta_b_dec, float alpha, bool broken) {
   bf16x8 out;

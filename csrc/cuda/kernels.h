@@ -78,8 +78,8 @@ struct CudaBackward {
   float* sums;      // partial sums, added up in one fixed order
 };
 
-// One part's acts by themselves, as decoding reads them again: a token's in the order of their latents, zeros behind its
-// count. A token that is not finite has one act, NaN at latent 0.
+// One part's acts by themselves, as decoding reads them again: a token's in the order of their latents, zeros behind
+// its count. A token that is not finite has one act, NaN at latent 0.
 struct CudaEncode {
   CudaTranscode of;  // x, tokens, d_model and the part, which needs no decoder
   bf16* values;      // [tokens][capacity]

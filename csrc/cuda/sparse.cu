@@ -1,5 +1,5 @@
-// Acts as values, indices and counts: compact_kernel makes them of the lists that encoding leaves, decode_acts_kernel reads
-// them; both a token a block. check_kernel looks at what somebody else gives before it is read.
+// Acts as values, indices and counts: compact_kernel makes them of the lists that encoding leaves, decode_acts_kernel
+// reads them; both a token a block. check_kernel looks at what somebody else gives before it is read.
 #include "gather.h"
 #include "tile.h"
 

@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: every thread is a fiber, and at every barrier, shuffle or matrix instruction
 // another one goes on. DELTATC_SCHEDULE (a number) chooses the order of threads and blocks: 0 is 0, 1, 2, ..., any other
-// seeds a random one in which some warps are slow, so that a missing barrier shows up as a wrong result. Background copies
-// arrive as late as is allowed, shared memory is a heap block of exactly the size asked for, filled with 0xff bytes, and a
-// barrier that some thread never reaches aborts: what hangs or races on a GPU fails here. One launch at a time.
+// seeds a random one in which some warps are slow, so that a missing barrier shows up as a wrong result. Background
+// copies arrive as late as is allowed, shared memory is a heap block of exactly the size asked for, filled with 0xff
+// bytes, and a barrier that some thread never reaches aborts: what hangs or races on a GPU fails here. One launch at a
+// time.
 #pragma once
 
 #include <ucontext.h>
@@ -189,8 +190,8 @@ inline void run_blocks(std::vector<Block>& blocks, std::vector<std::unique_ptr<F
     if (round.empty()) fail("some threads wait at a barrier that the others never reach");
     if (g.shuffled) {
       std::shuffle(round.begin(), round.end(), g.draw);
-      const auto waits = [&g](const Fiber* fiber) { return g.slow >> (fiber->thread.x / 32) & 1 && g.draw() % 64 != 0; };
-      const auto held = std::partition(round.begin(), round.end(), [&](Fiber* fiber) { return !waits(fiber); });
+      const auto goes_on = [&g](Fiber* f) { return !(g.slow >> (f->thread.x / 32) & 1) || g.draw() % 64 == 0; };
+      const auto held = std::partition(round.begin(), round.end(), goes_on);
       if (held != round.begin()) {
         g.ready.assign(held, round.end());
         round.erase(held, round.end());
