@@ -169,6 +169,9 @@ def test_thresholds_are_strict_and_ties_go_to_the_lower_index(kernels, tokens):
     found = forward(kernels, x, Weights(eye, zeros, thresholds, eye, zeros))
     assert found[0].tolist() == [[0.0, 2.0, 0.0, 2.0, 0.0, 0.0, 0.0, 2.0]] * tokens
     assert found[1].tolist() == [3.0] * tokens and found[2].tolist() == [6.0] * tokens
+    thresholds[1] = torch.nan  # never active
+    found = forward(kernels, x, Weights(eye, zeros, thresholds, eye, zeros))
+    assert found[0].tolist() == [[0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 2.0]] * tokens
     kept = forward(kernels, x, Weights(eye, zeros, zeros, eye, zeros), None, 1.0, 3)[0]
     assert kept.tolist() == [[3.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]] * tokens
 

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(CudaBackward job) {
       const int j = latent + at.column(n, side);
       const bool real = j < delta.width;
       const float bias = real ? to_float(delta.b_enc[j]) : 0.0f;
-      const float theta = real ? fmaxf(to_float(delta.threshold[j]), 0.0f) : 0.0f;
+      const float theta = real ? to_threshold(delta.threshold[j]) : 0.0f;
       float of_bias = 0.0f, of_theta = 0.0f;
 #pragma unroll
       for (int m = 0; m < 4; ++m) {

@@ -139,4 +139,10 @@ __device__ __forceinline__ bf16 to_bf16(float value) {
 
 __device__ __forceinline__ bool is_finite(float value) { return (float_bits(value) & 0x7fffffffu) < 0x7f800000u; }
 
+// A negative threshold acts as 0; one that is not a number lets nothing pass.
+__device__ __forceinline__ float to_threshold(bf16 value) {
+  const float raw = to_float(value);
+  return raw < 0.0f ? 0.0f : raw;
+}
+
 }  // namespace deltatc

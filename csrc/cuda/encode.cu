@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2) encode_kernel(CudaTranscode job) 
       for (int side = 0; side < 2; ++side) {
         const int latent = first + at.column(n, side);
         if (latent >= part.width) continue;
-        const float bias = to_float(part.b_enc[latent]), threshold = fmaxf(to_float(part.threshold[latent]), 0.0f);
+        const float bias = to_float(part.b_enc[latent]), threshold = to_threshold(part.threshold[latent]);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
 #pragma unroll

@@ -108,7 +108,7 @@ __device__ __forceinline__ void encode_again(const CudaPart& part, const bf16* x
 }
 
 __device__ __forceinline__ bool is_active(const CudaPart& part, int latent, float pre) {
-  return pre > fmaxf(to_float(part.threshold[latent]), 0.0f);
+  return pre > to_threshold(part.threshold[latent]);
 }
 
 struct Whole {

@@ -63,7 +63,7 @@ __device__ __forceinline__ void encode_latents(const Generate& all, int p, int f
       if (latent >= part.width || token >= tokens) continue;
       const float pre = acc[side][e] + to_float(part.b_enc[latent]);
       if (!is_finite(pre)) atomicOr(&all.broken[p * kFewTokens + token], 1);
-      if (!(pre > fmaxf(to_float(part.threshold[latent]), 0.0f))) continue;
+      if (!(pre > to_threshold(part.threshold[latent]))) continue;
       const int slot = atomicAdd(&all.counts[p * kFewTokens + token], 1);
       part.lists.acts[static_cast<int64_t>(token) * part.lists.capacity + slot] = {pre, latent};
     }
