@@ -38,7 +38,7 @@ test: setup ## run the tests; ARGS="-k ops" chooses some
 
 setup: .venv/.extension .venv/.pulled-data .venv/.pulled-models ## only set up: packages, extension, data and models
 
-bench: .venv/.extension ## time the operator beside its peers (ten minutes); ARGS="-k 16k" chooses some
+bench: .venv/.extension ## time the operator beside its peers (five minutes); ARGS="-k 16k" chooses some
 	@$(VENV) pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
 bench-full: .venv/.extension ## the same with more shapes and torch.compile (an hour)
